@@ -1,0 +1,5 @@
+"""`python -m dlmconvert`: the same program as the `dlmconvert` command."""
+
+from dlmconvert.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""A Hugging Face AR model becomes a denoiser."""

@@ -1,0 +1,1 @@
+"""The mathematics. torch only: no Hugging Face, no files, no global randomness."""

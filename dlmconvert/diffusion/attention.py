@@ -1,0 +1,112 @@
+"""Attention patterns: one pure predicate, and its realisations.
+
+`allowed(query, key, context)` says which positions see which. `realise` turns it into what the unmodified model takes: no mask
+at all (the kernel's own bidirectional or causal path), a dense 4-D mask, or a FlexAttention BlockMask. Tests hold them equal.
+
+Shapes: B rows, L positions; masks are (B or 1, 1, L, L), query before key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dlmconvert.diffusion.randomness import ATTENTION_PAIR, counter_uniform
+
+PATTERNS = ("bidirectional", "causal")
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What a pattern depends on besides the two positions.
+
+    open_ratio: share of the non-causal pairs that is open; 0 is causal attention, 1 fully bidirectional.
+    seed, step: key of the drawn pairs; one draw a step, shared by rows, heads and layers (arXiv 2410.17891, section 3.2).
+    segments_BL: document number of each position, or None when all positions of a row belong together. Padding is a
+        document of its own, so a padding query keeps itself as a key and softmax stays finite.
+    """
+
+    open_ratio: float = 1.0
+    seed: int = 0
+    step: int = 0
+    segments_BL: torch.Tensor | None = None
+
+
+CAUSAL = AttentionContext(open_ratio=0.0)
+BIDIRECTIONAL = AttentionContext(open_ratio=1.0)
+
+
+def pair_open(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    """The annealed pattern without documents: causal OR drawn.
+
+    The causal part is always open. A future key is open when the hash of (seed, step, query, key) falls below the ratio:
+    no L x L matrix is stored or sent, and every rank and backend draws the same pairs.
+    """
+    causal = key <= query
+    if context.open_ratio <= 0:
+        return causal
+    if context.open_ratio >= 1:
+        return causal | (key > query)
+    return causal | (counter_uniform(ATTENTION_PAIR, context.seed, context.step, query, key) < context.open_ratio)
+
+
+def allowed(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    """bool: may position `query` of row `batch` see position `key`? The arguments broadcast."""
+    result = pair_open(query, key, context)
+    if context.segments_BL is not None:
+        result = result & (context.segments_BL[batch, query] == context.segments_BL[batch, key])
+    return result
+
+
+def allowed_matrix(length: int, context: AttentionContext, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The predicate on the index grid: bool (B or 1, 1, L, L)."""
+    positions_L = torch.arange(length, device=device)
+    rows = 1 if context.segments_BL is None else context.segments_BL.shape[0]
+    batch_B = torch.arange(rows, device=device)
+    matrix_BLL = allowed(batch_B[:, None, None], positions_L[None, :, None], positions_L[None, None, :], context)
+    return matrix_BLL.expand(rows, length, length)[:, None]
+
+
+@dataclass(frozen=True)
+class RealisedAttention:
+    """What the model is called with. `mask` is None exactly when the kernel's own path expresses the pattern."""
+
+    mask: object | None
+    is_causal: bool
+
+
+def realise(
+    context: AttentionContext, length: int, implementation: str, dtype: torch.dtype, device: torch.device | str
+) -> RealisedAttention:
+    """The cheapest exact realisation of the pattern.
+
+    implementation: the model's attention implementation (`sdpa`, `eager`, `flex_attention`, `flash_attention_2`).
+    dtype: of the hidden states. A dense mask is boolean for sdpa and additive (0 / lowest finite number) for all others:
+    eager adds the mask to the scores, where a boolean one would silently do nothing.
+    """
+    if context.segments_BL is None and context.open_ratio in (0.0, 1.0):
+        return RealisedAttention(mask=None, is_causal=context.open_ratio == 0.0)
+    if implementation == "flex_attention":
+        return RealisedAttention(mask=_block_mask(context, length, device), is_causal=False)
+    matrix = allowed_matrix(length, context, device)
+    if implementation != "sdpa":
+        matrix = additive(matrix, dtype)
+    return RealisedAttention(mask=matrix, is_causal=False)
+
+
+def additive(allowed_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where allowed, the lowest finite number of `dtype` elsewhere (-inf would give NaN in a row without keys)."""
+    mask = torch.zeros(allowed_mask.shape, dtype=dtype, device=allowed_mask.device)
+    return mask.masked_fill(~allowed_mask, torch.finfo(dtype).min)
+
+
+def _block_mask(context: AttentionContext, length: int, device: torch.device | str):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows = None if context.segments_BL is None else context.segments_BL.shape[0]
+
+    def mask_mod(batch, head, query, key):
+        return allowed(batch, query, key, context)
+
+    return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device)

@@ -1,0 +1,50 @@
+"""The one error that people see, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_DOES_NOT_FIT = 3
+EXIT_SAVED_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: schedulers requeue on it
+
+
+class UserError(Exception):
+    """Something the user can put right.
+
+    what: one line that names what is wrong, with the offending value.
+    why: the reason, or the nearest valid choices; may be empty.
+    next_step: the command or the change that helps; may be empty.
+    exit_code: EXIT_WRONG_INPUT for bad input, EXIT_FAILED for a world that did not cooperate (disk, memory).
+    """
+
+    def __init__(self, what: str, why: str = "", next_step: str = "", exit_code: int = EXIT_WRONG_INPUT):
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.next_step = next_step
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (self.what, self.why, self.next_step) if line)
+
+
+class SavedAndLeft(Exception):
+    """A signal asked the run to stop; everything up to `step` is in a checkpoint."""
+
+    def __init__(self, step: int, signal_name: str):
+        super().__init__(f"{signal_name}: saved at step {step}")
+        self.step = step
+        self.signal_name = signal_name
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A sentence with the valid choices nearest to `word`, or all of them when none is near."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(name) for name in near) + "?"
+    return "valid: " + ", ".join(choices)
