@@ -1,0 +1,1 @@
+"""The loop, the engines behind it, and checkpoints that survive."""

@@ -1,0 +1,218 @@
+"""Checkpoints in and out: resolve a name, load strictly, build from a config, save a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.rewrite import rewrite_config
+from dlmconvert.backbone.spec import DlmSpec, spec_from_config
+from dlmconvert.errors import UserError, nearest
+
+_NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+# Buffers that old checkpoints stored and that models now compute. Dropped on purpose.
+_COMPUTED_BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+
+
+class NotFound(UserError):
+    """The checkpoint is neither a folder, nor cached, nor reachable."""
+
+
+def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
+    """A folder with the checkpoint's files: `name` itself, or a snapshot of the Hub repository (from the local cache first).
+
+    Raises NotFound.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is not a checkpoint: it has no config.json", "", "name the folder that holds config.json and *.safetensors")
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise NotFound(f"no such folder: {name}", nearest(folder.name, siblings) if siblings else "", "check the path, or give a Hub id such as gpt2")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        pass
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED))
+    except RepositoryNotFoundError as error:
+        raise NotFound(f"the Hub has no model {name!r} (or it is private)", "", "check the spelling; for a gated model run: hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise NotFound(f"{name} has no revision {revision!r}", "", "leave source.revision out for the default branch") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, ConnectionError) as error:
+        raise NotFound(
+            f"{name!r} is neither a folder here nor in the local cache, and the Hub cannot be reached",
+            str(error).splitlines()[0][:200],
+            "download it where there is a network (hf download NAME), then give the folder: source.model=FOLDER",
+        ) from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint folder. Raises UserError for an unknown architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{folder}: transformers does not know this architecture",
+            str(error).splitlines()[0][:300],
+            "upgrade transformers, or (if you trust the checkpoint's own code) set source.trust_remote_code=true",
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded",
+            str(error).splitlines()[0][:300],
+            "name one: source.tokenizer=FOLDER_OR_HUB_ID",
+        ) from error
+
+
+def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+    """The checkpoint's model, strictly: every tensor of the file is used, or a computed buffer, and none is missing.
+
+    config: already rewritten. Raises UserError that lists the tensors otherwise.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: the weights cannot be loaded", str(error).strip().splitlines()[0][:300], "is the folder complete? (model.safetensors, or the index and all shards)") from error
+    unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith(_COMPUTED_BUFFERS))
+    problems = {
+        "missing from the file": sorted(info["missing_keys"]),
+        "not used by the model": unexpected,
+        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    problems = {kind: names for kind, names in problems.items() if names}
+    if problems:
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" for kind, names in problems.items())
+        raise UserError(f"{folder}: the tensors are not those of {type(model).__name__}", listed, "the conversion is strict: mend the checkpoint, or name the right config")
+    return model
+
+
+def scratch_config(fields: dict[str, Any]) -> Any:
+    """A transformers config from a recipe's `source.scratch`. Raises UserError for an unknown family or field."""
+    from transformers import CONFIG_MAPPING
+
+    fields = dict(fields)
+    kind = fields.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"source.scratch.model_type={kind!r} is no family of transformers", nearest(kind, list(CONFIG_MAPPING)), "")
+    config = CONFIG_MAPPING[kind]()
+    unknown = [name for name in fields if not hasattr(config, name)]
+    if unknown:
+        names = sorted(set(vars(config)) | set(config.attribute_map))
+        raise UserError(f"source.scratch.{unknown[0]} is no field of a {kind} config", nearest(unknown[0], names), "")
+    return CONFIG_MAPPING[kind](**fields)
+
+
+def build_model(config: Any, seed: int) -> Any:
+    """Random float32 weights, a pure function of (config, seed)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float()
+
+
+def save_model_folder(folder: Path, model: Any, tokenizer: Any, spec: DlmSpec | None, dtype: torch.dtype | None = None) -> None:
+    """A plain Hugging Face folder: config.json with its `dlm` section, safetensors (shards of 5 GB), tokenizer.
+
+    dtype: of the saved floating-point tensors; None keeps the model's. Tied tensors are written once. `folder` must not exist yet
+    or be empty; callers write beside the final name and rename.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    # Families whose experts transformers fuses in memory go back to the names of their published files.
+    state = revert_weight_conversion(model, state)
+    dtype = dtype or model.dtype
+    state = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in state.items()}
+    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    # Not model.config.save_pretrained(): `dlm` and `is_causal` are this project's words, and stay out of the live config.
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("is_causal", None)
+    if spec is not None:
+        config["dlm"] = spec.to_dict()
+        config["is_causal"] = spec.attention == "causal"
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is None and getattr(tokenizer, name) is not None:
+                config[name] = getattr(tokenizer, name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def load_denoiser(
+    folder: str | Path, device: str = "auto", dtype: torch.dtype | str = "auto", attention: str | None = None, trust_remote_code: bool = False
+) -> Denoiser:
+    """A converted model folder as a Denoiser in eval mode.
+
+    attention: overrides the pattern of the spec (an evaluation that is always fully bidirectional, say). The folder may also be
+    an export of ours: its weights carry the source's names, and its own code is not needed here.
+    """
+    folder = Path(folder)
+    config = load_config(_source_view(folder), trust_remote_code)
+    spec = spec_from_config(config, str(folder))
+    config.dlm = None
+    del config.dlm
+    rewrite_config(config)
+    model = load_model(folder, config, dtype, trust_remote_code)
+    model.to(pick_device(device)).eval()
+    if attention is not None:
+        spec = replace(spec, attention=attention)
+    return Denoiser(model, spec, load_tokenizer(folder)).eval()
+
+
+def _source_view(folder: Path) -> Path:
+    """The folder itself, or, for an export with its own model type, a temporary folder whose config names the source's family."""
+    values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    if values is None:
+        raise UserError(f"{folder} is not a model folder: it has no config.json", "", "name a run folder, a stage's model folder, or an export")
+    if not str(values.get("model_type", "")).startswith("dlm_"):
+        return folder
+    import tempfile
+
+    values["model_type"] = values["model_type"].removeprefix("dlm_")
+    values.pop("auto_map", None)
+    view = Path(tempfile.mkdtemp(prefix="dlmconvert-"))
+    (view / "config.json").write_text(json.dumps(values))
+    return view
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Raises UserError when a named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but torch sees no CUDA device", "", "dlmconvert doctor says what this machine has; engine.device=cpu runs anywhere")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("engine.device=mps, but torch sees no Apple GPU", "", "engine.device=cpu runs anywhere")
+    return torch.device(name)

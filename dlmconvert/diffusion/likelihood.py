@@ -1,0 +1,85 @@
+"""Likelihood of a denoiser: the negative evidence lower bound (NELBO) by exact counts, and the AR likelihood beside it.
+
+Shapes: B rows, L positions, N predicted tokens, K noise draws a row, V vocabulary.
+A `predict` is called as predict(tokens_BL, wanted_BL, positions_BL, segments_BL) and returns logits_NV of token i, aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dlmconvert.diffusion.objective import cross_entropy
+from dlmconvert.diffusion.randomness import LIKELIHOOD, counter_uniform
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def exact_counts(num_targets_B: torch.Tensor, row_keys_B: torch.Tensor, draw: int, num_draws: int, seed: int) -> torch.Tensor:
+    """l_B in 1..n: how many of a row's n targets are masked in draw `draw` of `num_draws`.
+
+    Stratified over the draws of a row: l = floor(n (draw + u) / K) + 1 with one u a draw. Each l has probability 1/n over a
+    uniformly random draw, so the average over draws is unbiased (unlike rounding half to even: methods of LLaDA's release).
+    """
+    u_B = counter_uniform(LIKELIHOOD, seed, row_keys_B, draw, -1)
+    level_B = num_targets_B * (draw + u_B) / num_draws
+    return torch.minimum(level_B.floor().long() + 1, num_targets_B)
+
+
+def random_subset(targets_BL: torch.Tensor, counts_B: torch.Tensor, row_keys_B: torch.Tensor, draw: int, seed: int) -> torch.Tensor:
+    """bool (B, L): exactly l of each row's targets, uniformly, keyed by row and draw."""
+    positions_L = torch.arange(targets_BL.shape[1], device=targets_BL.device)
+    u_BL = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, positions_L[None, :])
+    u_BL = u_BL.masked_fill(~targets_BL, 2.0)
+    rank_BL = u_BL.argsort(dim=1).argsort(dim=1)
+    return targets_BL & (rank_BL < counts_B[:, None])
+
+
+def nelbo_draw(
+    predict: Predict,
+    x_0_BL: torch.Tensor,
+    targets_BL: torch.Tensor,
+    row_keys_B: torch.Tensor,
+    mask_token_id: int,
+    *,
+    draw: int,
+    num_draws: int,
+    seed: int,
+    positions_BL: torch.Tensor,
+    segments_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One draw of the estimator: nats_B = (n / l) sum over the l masked targets of CE_i; its mean over draws is the NELBO.
+
+    NELBO = E_{l ~ U{1..n}} [ (n / l) E[ sum CE ] ] >= -log p(targets | the rest)  (LLaDA, arXiv 2502.09992, Eq. 6; equal in
+    expectation to Bernoulli masking with weight 1/t). Tokens that are not targets stay clean: they are the condition. The mask
+    token is left out of the softmax, as samplers leave it out. Rows without targets give 0.
+    """
+    num_targets_B = targets_BL.sum(1)
+    counts_B = exact_counts(num_targets_B, row_keys_B, draw, num_draws, seed)
+    masked_BL = random_subset(targets_BL, counts_B, row_keys_B, draw, seed)
+    x_t_BL = x_0_BL.masked_fill(masked_BL, mask_token_id)
+    logits_NV = predict(x_t_BL, masked_BL, positions_BL, segments_BL)
+    ce_BL = torch.zeros(x_0_BL.shape, dtype=torch.float64, device=x_0_BL.device)
+    ce_BL[masked_BL] = cross_entropy(logits_NV, x_0_BL[masked_BL]).double()
+    return ce_BL.sum(1) * num_targets_B / counts_B.clamp(min=1)
+
+
+def ar_nll(
+    predict: Predict, x_0_BL: torch.Tensor, targets_BL: torch.Tensor, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None = None
+) -> torch.Tensor:
+    """nats_B: exact -log p of the targets under a causal model, one forward (chain rule)."""
+    logits_NV = predict(x_0_BL, targets_BL, positions_BL, segments_BL)
+    ce_BL = torch.zeros(x_0_BL.shape, dtype=torch.float64, device=x_0_BL.device)
+    ce_BL[targets_BL] = cross_entropy(logits_NV, x_0_BL[targets_BL]).double()
+    return ce_BL.sum(1)
+
+
+def mean_and_standard_error(nats_B: torch.Tensor, tokens_B: torch.Tensor) -> tuple[float, float]:
+    """Nats a token over all rows, and the standard error of that ratio with rows as the independent units."""
+    num_rows, total = len(nats_B), float(tokens_B.sum())
+    mean = float(nats_B.sum()) / total
+    if num_rows < 2:
+        return mean, float("nan")
+    residual_B = nats_B - mean * tokens_B
+    return mean, float((residual_B.square().sum() * num_rows / (num_rows - 1)).sqrt() / total)

@@ -1,0 +1,162 @@
+"""What an exported model can do, as mixins over the source family's own classes.
+
+This file, and the files of `sampling/` and `diffusion/` that it imports, are copied into every export with code
+(`copying.py` flattens the imports), so what users run with `trust_remote_code=True` is what is tested here. torch only.
+
+Shapes: B rows, L positions, N wanted tokens in row-major order, V rows of the output matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from dlmconvert.diffusion.alignment import predicting_positions
+from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
+from dlmconvert.sampling.api import diffusion_generate, infill
+
+_GAP = re.compile(r"\[\[MASK:(\d+)\]\]")
+_SAMPLER_DEFAULTS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg", "eps")
+
+
+class BidirectionalMixin:
+    """Attention sees both sides: in the config (masks are made from it) and in every attention module (kernels read it)."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        config.is_causal = False
+        config.use_cache = False
+        super().__init__(config, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(getattr(module, "is_causal", None), bool):
+                module.is_causal = False
+
+
+class DiffusionMixin(BidirectionalMixin):
+    """A causal-LM class as a masked diffusion language model. Alignment and mask come from `config.dlm`.
+
+    `model(input_ids).logits` is the plain bidirectional forward: row i is hidden state i, whatever the alignment. `predict` speaks
+    of tokens: it returns the prediction of token i.
+    """
+
+    @torch.no_grad()
+    def predict(
+        self,
+        tokens_BL: torch.Tensor,
+        wanted_BL: torch.Tensor | None = None,
+        positions_BL: torch.Tensor | None = None,
+        segments_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """logits_NV: the prediction of each wanted token (default: of each mask token), row-major.
+
+        segments_BL: document number of each position, padding being a document of its own; None when all positions of a row
+        belong together. Under `shift` nothing predicts the first token of a row: it must not be wanted.
+        """
+        section = self.config.dlm
+        if wanted_BL is None:
+            wanted_BL = tokens_BL == section["mask_token_id"]
+        if positions_BL is None:
+            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+        if section["alignment"] == "shift" and bool(wanted_BL[:, 0].any()):
+            raise ValueError("this model predicts token i from position i-1: the first token of a row cannot be predicted; begin with a token")
+        context = BIDIRECTIONAL if segments_BL is None else AttentionContext(open_ratio=1.0, segments_BL=segments_BL)
+        kernel = getattr(self.config, "_attn_implementation", None) or "eager"
+        if segments_BL is not None and kernel.startswith("flash"):
+            raise ValueError(f"{kernel} takes no mask for padded rows: give rows of one length, or load with attn_implementation='sdpa'")
+        realised = realise(context, tokens_BL.shape[1], kernel, self.dtype, tokens_BL.device)
+        return self(
+            input_ids=tokens_BL,
+            position_ids=positions_BL,
+            attention_mask=realised.mask,
+            is_causal=realised.is_causal,
+            use_cache=False,
+            logits_to_keep=predicting_positions(wanted_BL, section["alignment"]),
+        ).logits
+
+    def diffusion_generate(self, inputs: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+        """Continue each prompt by denoising. Keywords of Dream's sampler: max_new_tokens, steps, temperature, top_p, top_k,
+        alg (origin, maskgit_plus, topk_margin, entropy), seed, output_history, return_dict_in_generate and the two hooks; what is
+        left out comes from generation_config.json.
+
+        inputs: token ids (B, L); `input_ids=` is accepted as well, so `diffusion_generate(**tokenizer(...))` works.
+        """
+        input_ids = kwargs.pop("input_ids", None)
+        kwargs.pop("token_type_ids", None)
+        inputs = input_ids if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("diffusion_generate needs `inputs`: token ids of shape (rows, length)")
+        return diffusion_generate(_Predictor(self), inputs, attention_mask, **{**self._sampler_defaults(), **kwargs})
+
+    def infill(self, rows: Any, tokenizer: Any = None, **kwargs: Any):
+        """Fill gaps, seeing both sides.
+
+        rows: token rows, lists of ids with None where a token is wanted; or a text or a list of texts with gaps such as
+        `[[MASK:24]]` (24 tokens), which needs `tokenizer` and returns text. Keywords as in `diffusion_generate`.
+        """
+        texts = [rows] if isinstance(rows, str) else rows
+        as_text = bool(texts) and isinstance(texts[0], str)
+        if as_text:
+            if tokenizer is None:
+                raise ValueError("infilling a text needs the tokenizer: model.infill(text, tokenizer=tokenizer)")
+            rows = [gapped_row(text, tokenizer, self.config.dlm) for text in texts]
+        defaults = self._sampler_defaults()
+        defaults.pop("max_new_tokens", None)
+        filled = infill(_Predictor(self), rows, **{**defaults, **kwargs})
+        if not as_text:
+            return filled
+        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in filled_rows(filled, rows)]
+        return answers[0] if isinstance(texts, list) and texts is not rows and len(answers) == 1 and len(texts) == 1 else answers
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """Refuses: token-by-token decoding from the left is not what this model was trained for."""
+        raise NotImplementedError("this is a diffusion language model: call model.diffusion_generate(...) or model.infill(...), not generate()")
+
+    @property
+    def loss_function(self):
+        raise NotImplementedError(
+            "labels= would compute the autoregressive loss, which a bidirectional model satisfies by copying; "
+            "train with dlmconvert, or compute a denoising loss from model.predict"
+        )
+
+    @loss_function.setter
+    def loss_function(self, value):
+        self._loss_function = value
+
+    def _sampler_defaults(self) -> dict[str, Any]:
+        config = getattr(self, "generation_config", None)
+        values = {name: getattr(config, name, None) for name in _SAMPLER_DEFAULTS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _Predictor:
+    """The model as the sampler sees it."""
+
+    def __init__(self, model: Any):
+        section = model.config.dlm
+        self.predict = model.predict
+        self.mask_token_id = section["mask_token_id"]
+        self.vocab_size = section["vocab_size"]
+        self.alignment = section["alignment"]
+        self.device = model.device
+
+
+def gapped_row(text: str, tokenizer: Any, section: dict[str, Any]) -> list[int | None]:
+    """Token ids of a text, None for each token of its `[[MASK:n]]` gaps.
+
+    A special mask token stands in for the gaps, so that the tokenizer treats the text around as it treats text around any special
+    token; a mask that is an ordinary word would merge with its neighbours, so then the pieces are tokenised one by one.
+    """
+    pieces = _GAP.split(text)
+    if len(pieces) == 1:
+        raise ValueError("no gap in the text: mark one as [[MASK:24]] (24 tokens)")
+    mask_id = section["mask_token_id"]
+    if not section.get("mask_is_word", False):
+        mask_text = tokenizer.convert_ids_to_tokens(mask_id)
+        joined = _GAP.sub(lambda gap: mask_text * int(gap.group(1)), text)
+        return [None if token == mask_id else token for token in tokenizer(joined)["input_ids"]]
+    row: list[int | None] = list(tokenizer(pieces[0])["input_ids"])
+    for length, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        row += [None] * int(length)
+        row += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return row

@@ -1,0 +1,195 @@
+"""From a name, a file or a checkpoint to one validated recipe; all mistakes at once, each with the nearest valid name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dlmconvert.errors import UserError, nearest
+from dlmconvert.methods import METHODS
+from dlmconvert.recipe.schema import Recipe
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside the wheel, or beside the package in a source tree."""
+    inside = Path(__file__).parents[1] / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The text of a shipped recipe, comments and all. Raises UserError with the nearest names."""
+    path = recipes_folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no recipe {name!r}", nearest(name, recipe_names()), "dlmconvert recipes lists them all")
+    return path.read_text(encoding="utf-8")
+
+
+def load_recipe(what: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from a shipped name, a YAML file, or a checkpoint (a folder or Hub id: `default` with source.model set).
+
+    overrides: `key=value` words of the command line; they win over the file, the file over the method's row, the row over the
+    schema's defaults. Raises UserError that lists every mistake.
+    """
+    values = _read(what)
+    for word in overrides or []:
+        set_key(values, word)
+    return validate(values, what)
+
+
+def _read(what: str) -> dict[str, Any]:
+    path = Path(what).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"no such recipe file: {what}", nearest(path.stem, recipe_names()), "dlmconvert recipes copy NAME writes one to start from")
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if what in recipe_names():
+        return parse_yaml(recipe_text(what), what)
+    if path.is_dir() or "/" in what:
+        values = parse_yaml(recipe_text("default"), "default")
+        values["name"] = path.resolve().name if path.is_dir() else what.rsplit("/", 1)[-1]
+        values.setdefault("source", {})["model"] = str(path.resolve()) if path.is_dir() else what
+        return values
+    raise UserError(
+        f"{what!r} is neither a recipe, nor a recipe file, nor a checkpoint folder",
+        nearest(what, recipe_names()),
+        "dlmconvert recipes lists the recipes; a Hub model has its owner in front, as in openai-community/gpt2",
+    )
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML", str(getattr(error, "problem", error)), "") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is empty or not a mapping of keys", "", "dlmconvert recipes show default prints a complete one")
+    return values
+
+
+def set_key(values: dict[str, Any], word: str) -> None:
+    """Apply one `a.b.c=value`; the value is YAML (numbers, lists, null)."""
+    key, sign, text = word.partition("=")
+    if not sign or not key:
+        raise UserError(f"{word!r} is not key=value", "", "as in train.steps=200 or source.model=gpt2")
+    try:
+        value = yaml.safe_load(text) if text != "" else None
+    except yaml.YAMLError:
+        value = text
+    section = values
+    *path, last = key.split(".")
+    for name in path:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise UserError(f"{word!r}: {name} is a value, not a section", "", "dlmconvert recipes keys lists every key")
+    section[last] = value
+
+
+def validate(values: dict[str, Any], where: str) -> Recipe:
+    """Fill in the method's row, then check everything against the schema."""
+    values = copy.deepcopy(values)
+    method = values.get("method")
+    method = {"name": method} if isinstance(method, str) else dict(method or {})
+    name = method.get("name", "diffullama")
+    if name not in METHODS:
+        raise UserError(f"{where}: method.name={name!r} is not a published method", nearest(str(name), METHODS), "")
+    row = copy.deepcopy(METHODS[name].choices)
+    _drop_overridden_schedule(row, method)
+    values["method"] = _merge(row, {"name": name, **method})
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        what = f"{where}: {len(lines)} mistakes" if len(lines) > 1 else f"{where}: {lines[0]}"
+        why = "\n".join(f"  {line}" for line in lines) if len(lines) > 1 else ""
+        raise UserError(what, why, "dlmconvert recipes keys lists every key with its meaning") from None
+
+
+def _drop_overridden_schedule(row: dict[str, Any], method: dict[str, Any]) -> None:
+    # `anneal=none` on top of a row that anneals means no schedule at all, not a leftover number of steps.
+    attention = method.get("attention")
+    if isinstance(attention, dict) and attention.get("anneal") == "none":
+        row.get("attention", {}).pop("anneal_steps", None)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    # Branches of a union (`int`, `function-before[...]`) stand in the location as well; only keys help.
+    keys = [str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    keys = [k for k in keys if k not in ("str", "int", "float", "bool", "TextSource")]
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        section = section_at(keys[:-1])
+        choices = list(section.model_fields) if section else []
+        return f"{key}: no such key; {nearest(keys[-1], choices)}"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return "\n  ".join(message.split("; ")) if not key else f"{key}: {message}"
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def section_at(path: list[str]) -> type[BaseModel] | None:
+    """The schema class of a section such as ["method", "attention"], or None."""
+    section: Any = Recipe
+    for name in path:
+        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        if field is None:
+            return None
+        candidates = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not candidates:
+            return None
+        section = candidates[0]
+    return section
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 100, ...}: what two recipes are compared by."""
+    result = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name not in ("source.scratch",):
+            result.update(flat(value, name + "."))
+        else:
+            result[name] = value
+    return result
+
+
+def safe_keys() -> set[str]:
+    """Keys without influence on the numbers: they may change while a run is under way."""
+    found: set[str] = set()
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            if (field.json_schema_extra or {}).get("safe_to_change"):
+                found.add(prefix + name)
+            inner = section_at([*prefix.rstrip(".").split("."), name] if prefix else [name])
+            if inner is not None:
+                walk(inner, f"{prefix}{name}.")
+
+    walk(Recipe, "")
+    return found

@@ -1,0 +1,68 @@
+"""Which tokens may be drawn: the ban, temperature, top-p, top-k. Removed tokens have logit -inf.
+
+The ban comes before everything else: before temperature, filters, softmax and scores (an argmax of the mask token would leave a
+position masked for ever, or put the mask token into the text). Then temperature, top-p, top-k, in this order (DiffuLLaMA
+arXiv 2410.17891; Dream arXiv 2508.15487).
+
+Shapes: N masked positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+REMOVED = float("-inf")
+
+
+def ban(logits_NV: torch.Tensor, mask_token_id: int, vocab_size: int, extra: Sequence[int] = ()) -> torch.Tensor:
+    """float32 logits in which the mask token, the ids from `vocab_size` on and the ids in `extra` are impossible."""
+    logits_NV = logits_NV.to(torch.float32, copy=True)
+    logits_NV[:, vocab_size:] = REMOVED
+    for token in (mask_token_id, *extra):
+        if 0 <= token < logits_NV.shape[1]:
+            logits_NV[:, token] = REMOVED
+    return logits_NV
+
+
+def keep_top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Nucleus filter: keep each token whose more probable tokens together have probability at most `top_p`.
+
+    So the token that crosses top_p is kept, and the most probable one always (Algorithm 2's filter, arXiv 2410.17891).
+    """
+    if top_p >= 1:
+        return logits_NV
+    sorted_NV, order_NV = torch.sort(logits_NV, dim=-1, descending=True, stable=True)
+    mass_NV = torch.softmax(sorted_NV.to(torch.float32), dim=-1).cumsum(dim=-1)
+    removed_NV = torch.zeros_like(mass_NV, dtype=torch.bool)
+    removed_NV[:, 1:] = mass_NV[:, :-1] > top_p
+    return logits_NV.masked_fill(torch.zeros_like(removed_NV).scatter(-1, order_NV, removed_NV), REMOVED)
+
+
+def keep_top_k(logits_NV: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Keep the `top_k` largest logits, and what is equal to the last of them."""
+    if top_k >= logits_NV.shape[1]:
+        return logits_NV
+    last_N1 = torch.topk(logits_NV, top_k, dim=-1).values[:, -1:]
+    return logits_NV.masked_fill(logits_NV < last_N1, REMOVED)
+
+
+def apply_filters(logits_NV: torch.Tensor, temperature: float, top_p: float | None, top_k: int | None) -> torch.Tensor:
+    """Temperature (> 0), then top-p, then top-k, on banned logits."""
+    logits_NV = logits_NV / temperature
+    if top_p is not None:
+        logits_NV = keep_top_p(logits_NV, top_p)
+    if top_k is not None:
+        logits_NV = keep_top_k(logits_NV, top_k)
+    return logits_NV
+
+
+def check_filters(temperature: float, top_p: float | None, top_k: int | None) -> None:
+    """Raises ValueError for values that have no meaning."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (the most probable token) or positive")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")

@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or do not exist.
+
+Payload, then COMPLETE (every file's size and hash), then rename, then prune. A folder without COMPLETE is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlmconvert.errors import EXIT_FAILED, UserError
+
+COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: everything that training changed, by name. state: JSON values (step, metrics in flight, what it belongs to)."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """`checkpoints/step-000500/`, ... of one stage. `warn` receives one line for each damaged checkpoint that is passed over."""
+
+    def __init__(self, folder: Path, keep: int = 2, warn: Callable[[str], None] = lambda line: None):
+        assert keep >= 2
+        self.folder = folder
+        self.keep = keep
+        self.warn = warn
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = [p for p in self.folder.glob("step-*") if (p / COMPLETE).is_file()]
+        return sorted(int(p.name.removeprefix("step-")) for p in found)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write, mark, rename, prune. On failure the temporary folder is removed and older checkpoints stand.
+
+        Raises UserError when the disk is full or not writable.
+        """
+        from safetensors.torch import save_file
+
+        final = self.path(checkpoint.step)
+        if (final / COMPLETE).is_file():
+            return final
+        temporary = self.folder / f".writing-{final.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, temporary / "tensors.safetensors"
+            )
+            (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+            listing = {p.name: {"bytes": p.stat().st_size, "blake2b": file_hash(p)} for p in sorted(temporary.iterdir())}
+            for name in listing:
+                _flush(temporary / name)
+            (temporary / COMPLETE).write_text(json.dumps(listing, indent=1))
+            _flush(temporary / COMPLETE)
+            shutil.rmtree(final, ignore_errors=True)  # a folder of that name without COMPLETE
+            os.rename(temporary, final)
+            _flush(self.folder)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error):
+                kept = self.steps()
+                stands = f"the checkpoint of step {kept[-1]} stands" if kept else "no checkpoint was written yet"
+                raise UserError(
+                    f"checkpoint of step {checkpoint.step} could not be written to {self.folder}: {error}",
+                    f"nothing is lost but the steps since then: {stands}",
+                    "free some space (or lower keep_checkpoints) and run the same command again",
+                    exit_code=EXIT_FAILED,
+                ) from error
+            raise
+        self._prune()
+        return final
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are what COMPLETE says; damaged ones are passed over with a warning."""
+        for step in reversed(self.steps()):
+            damage = self.damage(step)
+            if damage is None:
+                return self.load(step)
+            self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): falling back to the one before it")
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        from safetensors.torch import load_file
+
+        state = json.loads((self.path(step) / "state.json").read_text())
+        return Checkpoint(step=state.pop("step"), tensors=load_file(self.path(step) / "tensors.safetensors"), state=state)
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, or None. Compares every file's size and hash with COMPLETE."""
+        folder = self.path(step)
+        try:
+            listing = json.loads((folder / COMPLETE).read_text())
+        except (OSError, ValueError):
+            return "COMPLETE cannot be read"
+        for name, expected in listing.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} of {expected['bytes']} bytes"
+            if file_hash(path) != expected["blake2b"]:
+                return f"{name} has other content than when it was written"
+        return None
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed process left half-written."""
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            # Unmark first: a prune that is killed half-way must not leave a folder that looks whole.
+            (self.path(step) / COMPLETE).unlink()
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

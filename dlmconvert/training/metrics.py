@@ -1,0 +1,66 @@
+"""metrics.jsonl: one line a logging interval, the same lines whether or not the run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Sums between two lines, and the file they go to. The sums travel in checkpoints, so that a resumed run writes the same line.
+
+    listener: receives each line as it is written (progress bars, plain logs).
+    """
+
+    def __init__(self, path: Path, log_steps: int, listener: Callable[[dict[str, Any]], None] = lambda line: None):
+        self.path = path
+        self.log_steps = log_steps
+        self.listener = listener
+        self.sums: dict[str, float] = {}
+        self.num_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "num_steps": self.num_steps}
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Take up the sums of a checkpoint and forget lines that were written after it (their steps are run again)."""
+        self.sums, self.num_steps = dict(state["sums"]), state["num_steps"]
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(temporary, self.path)
+
+    def record(self, step: int, sums: dict[str, float], last: dict[str, Any], is_final: bool) -> None:
+        """Add one optimizer step's values; write a line when the interval is full. step: steps done so far.
+
+        sums: averaged over the interval. last: values of this very step (learning rate, ratio, speed).
+        """
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.num_steps += 1
+        if step % self.log_steps and not is_final:
+            return
+        line = {"step": step, **{name: value / self.num_steps for name, value in self.sums.items()}, **last}
+        self.sums, self.num_steps = {}, 0
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.listener(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
