@@ -41,6 +41,15 @@ class SavedAndLeft(Exception):
         self.signal_name = signal_name
 
 
+class Interrupted(BaseException):
+    """A signal outside the training loop: leave at once; finished parts stand. Not an Exception, so that no handler on the way
+    mistakes it for a failure."""
+
+    def __init__(self, signal_name: str):
+        super().__init__(signal_name)
+        self.signal_name = signal_name
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A sentence with the valid choices nearest to `word`, or all of them when none is near."""
     choices = list(choices)

@@ -53,7 +53,7 @@ def nelbo_draw(
 
     NELBO = E_{l ~ U{1..n}} [ (n / l) E[ sum CE ] ] >= -log p(targets | the rest)  (LLaDA, arXiv 2502.09992, Eq. 6; equal in
     expectation to Bernoulli masking with weight 1/t). Tokens that are not targets stay clean: they are the condition. The mask
-    token is left out of the softmax, as samplers leave it out. Rows without targets give 0.
+    token stays in the softmax, as in training. Rows without targets give 0.
     """
     num_targets_B = targets_BL.sum(1)
     counts_B = exact_counts(num_targets_B, row_keys_B, draw, num_draws, seed)

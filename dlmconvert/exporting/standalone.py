@@ -9,16 +9,17 @@ Shapes: B rows, L positions, N wanted tokens in row-major order, V rows of the o
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
-from dlmconvert.sampling.api import diffusion_generate, infill
+from dlmconvert.sampling.api import DiffusionOutput, diffusion_generate, infill
 
 _GAP = re.compile(r"\[\[MASK:(\d+)\]\]")
-_SAMPLER_DEFAULTS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg", "eps")
+_SAMPLER_DEFAULTS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg", "eos_token_id", "pad_token_id")
 
 
 class BidirectionalMixin:
@@ -77,7 +78,7 @@ class DiffusionMixin(BidirectionalMixin):
     def diffusion_generate(self, inputs: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
         """Continue each prompt by denoising. Keywords of Dream's sampler: max_new_tokens, steps, temperature, top_p, top_k,
         alg (origin, maskgit_plus, topk_margin, entropy), seed, output_history, return_dict_in_generate and the two hooks; what is
-        left out comes from generation_config.json.
+        left out comes from generation_config.json. After the first end token there is padding (eos_token_id=None: everything stays).
 
         inputs: token ids (B, L); `input_ids=` is accepted as well, so `diffusion_generate(**tokenizer(...))` works.
         """
@@ -92,21 +93,23 @@ class DiffusionMixin(BidirectionalMixin):
         """Fill gaps, seeing both sides.
 
         rows: token rows, lists of ids with None where a token is wanted; or a text or a list of texts with gaps such as
-        `[[MASK:24]]` (24 tokens), which needs `tokenizer` and returns text. Keywords as in `diffusion_generate`.
+        `[[MASK:24]]` (24 tokens), which needs `tokenizer` and returns text. Keywords as in `diffusion_generate`; end tokens
+        are not put into gaps (eos_token_id=None: they may).
         """
-        texts = [rows] if isinstance(rows, str) else rows
+        texts = [rows] if isinstance(rows, str) else list(rows)
         as_text = bool(texts) and isinstance(texts[0], str)
-        if as_text:
-            if tokenizer is None:
-                raise ValueError("infilling a text needs the tokenizer: model.infill(text, tokenizer=tokenizer)")
-            rows = [gapped_row(text, tokenizer, self.config.dlm) for text in texts]
+        if as_text and tokenizer is None:
+            raise ValueError("infilling a text needs the tokenizer: model.infill(text, tokenizer=tokenizer)")
+        gapped = [gapped_row(text, tokenizer, self.config.dlm) for text in texts] if as_text else texts
         defaults = self._sampler_defaults()
         defaults.pop("max_new_tokens", None)
-        filled = infill(_Predictor(self), rows, **{**defaults, **kwargs})
+        filled = infill(_Predictor(self), gapped, **{**defaults, **kwargs})
         if not as_text:
             return filled
-        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in filled_rows(filled, rows)]
-        return answers[0] if isinstance(texts, list) and texts is not rows and len(answers) == 1 and len(texts) == 1 else answers
+        output = filled if isinstance(filled, DiffusionOutput) else None
+        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output.sequences if output else filled)]
+        answer = answers[0] if isinstance(rows, str) else answers
+        return replace(output, sequences=answer) if output else answer
 
     def generate(self, *args: Any, **kwargs: Any):
         """Refuses: token-by-token decoding from the left is not what this model was trained for."""

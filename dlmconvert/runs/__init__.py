@@ -1,0 +1,1 @@
+"""A run folder, its stages, and what they leave behind."""

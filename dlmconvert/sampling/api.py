@@ -89,7 +89,7 @@ def diffusion_generate(
         order=_order(alg),
         temperature=temperature,
         top_p=top_p,
-        top_k=top_k,
+        top_k=top_k or None,  # 0 means no filter in transformers
         seed=seed,
         order_temperature=alg_temp or 0.0,
         tokens_hook=generation_tokens_hook_func,
@@ -137,7 +137,7 @@ def infill(
         order=_order(alg),
         temperature=temperature,
         top_p=top_p,
-        top_k=top_k,
+        top_k=top_k or None,  # 0 means no filter in transformers
         seed=seed,
         order_temperature=alg_temp or 0.0,
         banned_ids=[] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id),

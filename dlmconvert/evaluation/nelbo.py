@@ -1,0 +1,123 @@
+"""Held-out likelihood: the NELBO of a denoiser and the NLL of an AR model, on the same rows and the same positions.
+
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.diffusion.alignment import predictable
+from dlmconvert.diffusion.likelihood import ar_nll, mean_and_standard_error, nelbo_draw
+
+
+class RowSource(Protocol):
+    """What is scored: prepared rows (data/packing.py)."""
+
+    num_rows: int
+
+    def rows(self, indices: np.ndarray) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """kind: `nelbo` (an upper bound on -log p) or `nll` (exact).
+
+    nats_per_token, standard_error: over `tokens` scored tokens of `rows` rows, rows as the independent units.
+    bits_per_byte: nats / ln 2 over the UTF-8 bytes of the scored tokens' text; None without a tokenizer.
+    """
+
+    kind: str
+    nats_per_token: float
+    standard_error: float
+    bits_per_byte: float | None
+    rows: int
+    tokens: int
+    draws: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def positions_of(segments_BL: torch.Tensor) -> torch.Tensor:
+    """Position ids that restart at each document: (B, L)."""
+    length = segments_BL.shape[1]
+    index_BL = torch.arange(length).expand_as(segments_BL)
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    return index_BL - torch.where(starts_BL, index_BL, 0).cummax(dim=1).values
+
+
+def measure_likelihood(
+    denoiser: Denoiser,
+    source: RowSource,
+    *,
+    num_rows: int,
+    draws: int,
+    batch: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda forwards: None,
+) -> Likelihood:
+    """NELBO of a diffusion model, or NLL when the denoiser's spec says `causal`.
+
+    The rows are the first `num_rows` (all when there are fewer), the noise is keyed by row and draw: fixed across models and
+    checkpoints, independent of `batch`. Position 0 is never scored, under either kind, so that both speak of the same tokens.
+    advance: called with the rows done, for progress.
+    """
+    causal = denoiser.spec.attention == "causal"
+    num_rows = min(num_rows, source.num_rows)
+    draws = 1 if causal else draws
+    nats, tokens, num_bytes = [], [], 0
+    was_training = denoiser.training
+    denoiser.eval()
+    with torch.no_grad():
+        for first in range(0, num_rows, batch):
+            indices = np.arange(first, min(first + batch, num_rows))
+            rows = source.rows(indices)
+            targets_BL = rows.eligible_BL & predictable(rows.segments_BL, "shift")
+            segments_BL = rows.segments_BL if bool((rows.segments_BL != rows.segments_BL[:, :1]).any()) else None
+            positions_BL = positions_of(rows.segments_BL)
+            num_bytes += _text_bytes(denoiser.tokenizer, rows.tokens_BL, targets_BL)
+            x_0_BL, targets_BL, positions_BL, segments_BL, keys_B = (
+                t if t is None else t.to(denoiser.device)
+                for t in (rows.tokens_BL, targets_BL, positions_BL, segments_BL, torch.from_numpy(indices))
+            )
+            if causal:
+                nats_B = ar_nll(denoiser.predict, x_0_BL, targets_BL, positions_BL, segments_BL)
+                advance(len(indices))
+            else:
+                nats_B = torch.zeros(len(indices), dtype=torch.float64, device=denoiser.device)
+                for draw in range(draws):
+                    nats_B += nelbo_draw(
+                        denoiser.predict, x_0_BL, targets_BL, keys_B, denoiser.mask_token_id,
+                        draw=draw, num_draws=draws, seed=seed, positions_BL=positions_BL, segments_BL=segments_BL,
+                    ) / draws  # fmt: skip
+                    advance(len(indices))
+            nats.append(nats_B.cpu())
+            tokens.append(targets_BL.sum(1).cpu())
+    denoiser.train(was_training)
+    nats_B, tokens_B = torch.cat(nats), torch.cat(tokens)
+    mean, error = mean_and_standard_error(nats_B, tokens_B)
+    return Likelihood(
+        kind="nll" if causal else "nelbo",
+        nats_per_token=mean,
+        standard_error=error,
+        bits_per_byte=float(nats_B.sum()) / math.log(2) / num_bytes if num_bytes else None,
+        rows=num_rows,
+        tokens=int(tokens_B.sum()),
+        draws=draws,
+    )
+
+
+def _text_bytes(tokenizer: Any, tokens_BL: torch.Tensor, targets_BL: torch.Tensor) -> int:
+    if tokenizer is None:
+        return 0
+    texts = tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(tokens_BL, targets_BL, strict=True)], skip_special_tokens=True)
+    return sum(len(text.encode("utf-8")) for text in texts)

@@ -1,0 +1,267 @@
+"""One stage of training inside a run folder: model in, rows in, checkpoints and a model folder out.
+
+Pretraining, adaptation and fine-tuning differ in their rows and in the four choices, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dlmconvert.errors import UserError
+from dlmconvert.recipe.schema import Evaluation, Method, Optimization, anneal_steps_of
+from dlmconvert.runs.stage import StageContext
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """stage: name and folder. source: the model folder that is trained. trained_as: what the result is called in `dlm.trained`.
+    stores, weights: the mixture of prepared rows; validation: held-out rows or None. isolated: attention stops at documents."""
+
+    stage: str
+    settings: Optimization
+    method: Method
+    source: Path
+    trained_as: str
+    stores: Sequence[Any]
+    weights: Sequence[float]
+    validation: Any | None
+    isolated: bool
+    anneal: bool = True
+    tokenizer: Any = None
+
+
+def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
+    """Train to the end (from the newest checkpoint), write <stage>/model, return facts for run.json."""
+    import torch
+
+    from dlmconvert.backbone.adapters import merge_lora, save_adapter
+    from dlmconvert.backbone.load import load_config, save_model_folder
+
+    recipe, run, reporter = context.recipe, context.run, context.reporter
+    folder = run.stage_folder(job.stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.engine.threads:
+        torch.set_num_threads(recipe.engine.threads)
+    denoiser, spec = _trainable(context, job)
+    engine = _engine(context, job, denoiser)
+    reporter.say(_describe(engine, job, spec))
+    _loop(context, job, engine)
+
+    saved_dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
+    model = denoiser.model
+    if job.settings.lora is not None:
+        reporter.say("  merging the adapters; they are kept apart in adapter/")
+        save_adapter(model, _fresh(folder / "adapter"), base=str(recipe.source.model or "scratch"))
+        model = merge_lora(model)
+    model.cpu()
+    temporary = _fresh(folder / ".writing-model")
+    save_model_folder(temporary, model, denoiser.tokenizer, spec, dtype=saved_dtype)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    os.rename(temporary, folder / "model")
+    del engine, denoiser, model
+    gc.collect()
+    row_length = job.stores[0].row_length
+    return {
+        "steps": job.settings.steps,
+        "tokens_seen": job.settings.steps * job.settings.rows_per_step * row_length,
+        "unique_tokens": sum(store.num_rows for store in job.stores) * row_length,
+        "epochs": job.settings.steps * job.settings.rows_per_step / sum(store.num_rows for store in job.stores),
+    }
+
+
+def _trainable(context: StageContext, job: TrainingJob):
+    """The denoiser with float32 weights, adapters attached, and the spec that the result will carry."""
+    import torch
+
+    from dlmconvert.backbone.adapters import attach_lora
+    from dlmconvert.backbone.denoiser import Denoiser
+    from dlmconvert.backbone.load import load_config, load_model, load_tokenizer
+    from dlmconvert.backbone.rewrite import rewrite_config
+    from dlmconvert.backbone.spec import DlmSpec
+
+    method = job.method
+    config = load_config(job.source, context.recipe.source.trust_remote_code)
+    section = getattr(config, "dlm", None)
+    spec = DlmSpec(**section) if section else DlmSpec(vocab_size=config.get_text_config().vocab_size)
+    for name in ("dlm", "is_causal"):
+        if hasattr(config, name):
+            delattr(config, name)
+    rewrite_config(config)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    row_length = job.stores[0].row_length
+    if longest is not None and row_length > longest:
+        raise UserError(
+            f"data.row_length={row_length} is longer than the model's {longest} positions", "", f"lower it: data.row_length={longest}"
+        )
+    model = load_model(job.source, config, torch.float32, context.recipe.source.trust_remote_code)
+    spec = replace(
+        spec,
+        attention=method.attention.pattern,
+        alignment=method.alignment,
+        corruption=method.corruption.kind,
+        objective=method.objective.weight,
+        method=method.name,
+        trained=job.trained_as,
+        annealing={
+            "schedule": method.attention.anneal if job.anneal else "none",
+            "steps": _anneal_steps(job),
+            "open_ratio": 0.0 if method.attention.pattern == "causal" else 1.0,
+        },
+    )
+    tokenizer = job.tokenizer or load_tokenizer(job.source)
+    if job.settings.lora is not None:
+        lora = job.settings.lora
+        model = attach_lora(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            mask_token_id=None if spec.mask_is_word or spec.mask_token_id < 0 else spec.mask_token_id,
+            seed=job.settings.seed,
+        )
+    return Denoiser(model, spec, tokenizer), spec
+
+
+def _anneal_steps(job: TrainingJob) -> int:
+    return anneal_steps_of(job.method.attention, job.settings.steps) if job.anneal else 1
+
+
+def _engine(context: StageContext, job: TrainingJob, denoiser: Any):
+    from dlmconvert.backbone.load import pick_device
+    from dlmconvert.training.engine import SingleDeviceEngine
+
+    settings, engine = job.settings, context.recipe.engine
+    return SingleDeviceEngine(
+        denoiser,
+        device=pick_device(engine.device),
+        precision=engine.precision,
+        betas=settings.betas,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        compile=engine.compile,
+    )
+
+
+def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
+    from dlmconvert.data.loader import BatchStream, Mixture
+    from dlmconvert.evaluation.nelbo import measure_likelihood
+    from dlmconvert.training.checkpoint import CheckpointFolder
+    from dlmconvert.training.loop import LoopSettings, train
+    from dlmconvert.training.metrics import Metrics
+
+    settings, method, reporter = job.settings, job.method, context.reporter
+    folder = context.run.stage_folder(job.stage)
+    stream = BatchStream(
+        Mixture(list(job.stores), list(job.weights), settings.seed),
+        rows_per_step=settings.rows_per_step,
+        seed=settings.seed,
+        corruption_kind=method.corruption.kind,
+        eps=method.corruption.eps,
+        noise_levels=method.corruption.noise_levels,
+        mask_token_id=engine.denoiser.spec.mask_token_id,
+        alignment=method.alignment,
+        isolated=job.isolated,
+    )
+    loop_settings = LoopSettings(
+        steps=settings.steps,
+        rows_per_step=settings.rows_per_step,
+        micro_batch=settings.micro_batch,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=settings.final_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.schedule,
+        decay_fraction=settings.decay_fraction,
+        seed=settings.seed,
+        causal=method.attention.pattern == "causal",
+        anneal_steps=_anneal_steps(job),
+        weight=method.objective.weight,
+        normaliser=method.objective.normaliser,
+        save_steps=settings.save_steps,
+        save_minutes=settings.save_minutes,
+        validate_steps=settings.validate_steps,
+    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", settings.keep_checkpoints, reporter.warn)
+    begun = max(checkpoints.steps(), default=0)
+    if begun:
+        reporter.say(f"  continuing from the checkpoint of step {begun}")
+
+    def validate() -> dict[str, float]:
+        if job.validation is None:
+            return {}
+        found = _measure(context.recipe.eval, measure_likelihood, engine.denoiser, job.validation)
+        return {f"{found.kind}": found.nats_per_token, f"{found.kind}_standard_error": found.standard_error}
+
+    with reporter.progress(job.stage, settings.steps, begun) as bar:
+        shown = begun
+
+        def listen(line: dict[str, Any]) -> None:
+            nonlocal shown
+            if "loss" in line:
+                text = f"loss {line['loss']:.3f}  masked CE {line['cross_entropy']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+                bar.advance(line["step"] - shown, text)
+                shown = line["step"]
+
+        metrics = Metrics(folder / "metrics.jsonl", settings.log_steps, listen)
+        context.stop.deferred = True
+        try:
+            train(engine, stream, loop_settings, checkpoints, metrics, validate, context.stop, _identity(context, job))
+        finally:
+            context.stop.deferred = False
+
+
+def _measure(evaluation: Evaluation, measure: Any, denoiser: Any, rows: Any):
+    return measure(
+        denoiser, rows, num_rows=evaluation.rows, draws=evaluation.draws, batch=evaluation.batch, seed=evaluation.seed
+    )
+
+
+def _identity(context: StageContext, job: TrainingJob) -> str:
+    """Hash of all that the numbers depend on: the recipe keys that the stage read, the model it starts from, its rows."""
+    values = {
+        "keys": context.run.stage_state(job.stage).get("keys"),
+        "model": fingerprint(job.source),
+        "rows": [store.meta.get("fingerprint") for store in job.stores],
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(model_folder: Path) -> str:
+    """Hash of a model folder's weights; kept beside them, because hashing gigabytes takes a while."""
+    from dlmconvert.training.checkpoint import file_hash
+
+    files = sorted(model_folder.glob("*.safetensors"))
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    note = model_folder / ".fingerprint.json"
+    if note.is_file():
+        known = json.loads(note.read_text())
+        if known["stamp"] == stamp:
+            return known["hash"]
+    value = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:32]
+    note.write_text(json.dumps({"stamp": stamp, "hash": value}))
+    return value
+
+
+def _describe(engine: Any, job: TrainingJob, spec: Any) -> str:
+    total = sum(p.numel() for p in engine.denoiser.parameters())
+    trained = sum(p.numel() for p in engine.parameters.values())
+    share = "" if trained == total else f" ({trained:,} trained)"
+    anneal = f"annealed over {_anneal_steps(job)} steps" if spec.annealing["schedule"] != "none" else "open from the first step"
+    attention = "causal" if spec.attention == "causal" else f"{spec.attention}, {anneal}"
+    return f"  {total:,} parameters{share} on {engine.device}, {engine.precision}; attention {attention}; {job.settings.steps} steps of {job.settings.rows_per_step} x {job.stores[0].row_length} tokens"
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

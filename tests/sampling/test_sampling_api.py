@@ -1,0 +1,122 @@
+"""What users call: diffusion_generate with Dream's conventions, and infill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_predictors import HashPredictor
+
+from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill
+
+PROMPTS = [[3, 4, 5, 6], [7, 8]]
+LEFT = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
+RIGHT = (torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padding_on_either_side_and_rows_alone_agree(alg, temperature):
+    how = dict(max_new_tokens=6, steps=4, alg=alg, temperature=temperature, seed=2)
+    left = diffusion_generate(HashPredictor(), *LEFT, **how)
+    right = diffusion_generate(HashPredictor(), *RIGHT, **how)
+    assert left.shape == right.shape == (2, 10)
+    assert torch.equal(left[:, :4], LEFT[0])
+    assert left[1, 2:].tolist() == right[1, :8].tolist() and right[1, 8:].tolist() == [0, 0]
+    for number, prompt in enumerate(PROMPTS):
+        alone = diffusion_generate(HashPredictor(), torch.tensor([prompt]), row_keys=[number], **how)
+        assert alone[0].tolist() == left[number, 4 - len(prompt) :].tolist()
+
+
+def test_hooks_see_what_dreams_hooks_see_and_may_change_it():
+    seen = []
+
+    def tokens_hook(step, x_BL, logits_BLV):
+        seen.append((step, None if logits_BLV is None else tuple(logits_BLV.shape)))
+        if step is None:
+            x_BL[:, 5] = 9  # given from now on
+        return x_BL
+
+    def logits_hook(step, x_BL, logits_BLV):
+        assert bool((x_BL[:, 4] == 23).any()) or step > 0
+        logits_BLV[:, :, 2] = 99.0
+        return logits_BLV
+
+    predictor = HashPredictor()
+    result = diffusion_generate(
+        predictor,
+        *LEFT,
+        max_new_tokens=4,
+        steps=3,
+        alg="entropy",
+        generation_tokens_hook_func=tokens_hook,
+        generation_logits_hook_func=logits_hook,
+    )
+    assert result[:, 4:].tolist() == [[2, 9, 2, 2]] * 2
+    assert seen == [(None, None), (0, (2, 8, 26)), (1, (2, 8, 26)), (2, (2, 8, 26))]
+
+
+@pytest.mark.parametrize("alg", ["origin", "entropy"])
+def test_hooks_that_change_nothing_change_nothing(alg):
+    how = dict(max_new_tokens=8, steps=5, alg=alg, temperature=1.0)
+    plain = diffusion_generate(HashPredictor(), *LEFT, **how)
+    same = {"generation_tokens_hook_func": lambda step, x, logits: x, "generation_logits_hook_func": lambda step, x, logits: logits}
+    assert torch.equal(plain, diffusion_generate(HashPredictor(), *LEFT, **how, **same))
+
+
+def test_a_hook_may_mask_again():
+    def hook(step, x_BL, logits_BLV):
+        if step == 0:
+            x_BL[:, -3:] = 23
+        return x_BL
+
+    result = diffusion_generate(HashPredictor(), torch.tensor([[1]]), max_new_tokens=5, steps=3, alg="entropy", generation_tokens_hook_func=hook)
+    assert 23 not in result[0].tolist()
+
+
+def test_history_and_dict():
+    output = diffusion_generate(HashPredictor(), *LEFT, max_new_tokens=4, steps=4, alg="entropy", output_history=True, return_dict_in_generate=True)
+    assert output.nfe == len(output.history) == 4
+    assert torch.equal(output.history[-1], output.sequences)
+    assert int((output.history[0] == 23).sum()) == 6
+
+
+def test_text_after_the_end_becomes_padding():
+    result = diffusion_generate(HashPredictor(favourite=1), torch.tensor([[1, 4]]), max_new_tokens=3, eos_token_id=[1, 2], pad_token_id=0)
+    assert result[0].tolist() == [1, 4, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "option, hint", [({"temprature": 1}, "temperature"), ({"step": 3}, "steps"), ({"alg": "entropie"}, "entropy"), ({"max_new_tokens": 0}, "at least 1")]
+)
+def test_unknown_options_are_refused_with_the_nearest_name(option, hint):
+    with pytest.raises(ValueError, match=hint):
+        diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 2, **option})
+
+
+def test_infill_fills_gaps_of_rows_of_different_length():
+    rows = [[1, None, None, 2, None, 3], [4, None, 5]]
+    filled = infill(HashPredictor(), rows, alg="confidence")
+    assert [len(row) for row in filled] == [6, 3]
+    for row, done in zip(rows, filled, strict=True):
+        assert all(given is None or given == token for given, token in zip(row, done, strict=True)) and max(done) < 23
+    assert infill(HashPredictor(), rows[1:], alg="confidence", steps=3, row_keys=[1])[0] == infill(HashPredictor(), rows, alg="confidence", steps=3)[1]
+    assert 1 not in infill(HashPredictor(favourite=1), [[2, None, None, 3]], eos_token_id=1)[0]
+    with pytest.raises(ValueError, match="seed"):
+        infill(HashPredictor(), rows, sead=1)
+
+
+def test_a_real_model_gives_each_row_what_it_gives_alone():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    denoiser_module = pytest.importorskip("dlmconvert.backbone.denoiser")
+    from dlmconvert.backbone.spec import DlmSpec
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    predictor = denoiser_module.Denoiser(model, DlmSpec(mask_token_id=39, vocab_size=40))
+    how = dict(max_new_tokens=6, steps=3, alg="confidence")
+    left, right = diffusion_generate(predictor, *LEFT, **how), diffusion_generate(predictor, *RIGHT, **how)
+    assert left[1, 2:].tolist() == right[1, :8].tolist() and torch.equal(left[0], right[0])
+    for number, prompt in enumerate(PROMPTS):
+        assert diffusion_generate(predictor, torch.tensor([prompt]), **how)[0].tolist() == left[number, 4 - len(prompt) :].tolist()
