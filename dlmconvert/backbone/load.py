@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,15 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder or Hub id. One that names no family (`tokenizer_class: TokenizersBackend`) is taken as its
+    tokenizer.json says: AutoTokenizer would rebuild it after the model beside it (under qwen2, with Qwen's splitting rules)."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        settings = Path(folder) / "tokenizer_config.json"
+        values = json.loads(settings.read_text()) if settings.is_file() and (Path(folder) / "tokenizer.json").is_file() else {}
+        if values.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in values:
+            return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
@@ -90,10 +97,17 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", tru
     config: already rewritten. Raises UserError that lists the tensors otherwise.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is told by the stage
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed and refused below, by name
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: the weights cannot be loaded", str(error).strip().splitlines()[0][:300], "is the folder complete? (model.safetensors, or the index and all shards)") from error
@@ -101,7 +115,7 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", tru
     problems = {
         "missing from the file": sorted(info["missing_keys"]),
         "not used by the model": unexpected,
-        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        "of another shape": sorted(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]),
     }
     problems = {kind: names for kind, names in problems.items() if names}
     if problems:
@@ -150,13 +164,14 @@ def save_model_folder(folder: Path, model: Any, tokenizer: Any, spec: DlmSpec | 
     # Families whose experts transformers fuses in memory go back to the names of their published files.
     state = revert_weight_conversion(model, state)
     dtype = dtype or model.dtype
-    state = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in state.items()}
+    state = {name: _own_storage((t.to(dtype) if t.is_floating_point() else t).cpu()) for name, t in state.items()}
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     # Not model.config.save_pretrained(): `dlm` and `is_causal` are this project's words, and stay out of the live config.
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("is_causal", None)
+    for name in ("is_causal", "_name_or_path"):  # the latter is a path on this machine
+        config.pop(name, None)
     if spec is not None:
         config["dlm"] = spec.to_dict()
         config["is_causal"] = spec.attention == "causal"
@@ -166,8 +181,16 @@ def save_model_folder(folder: Path, model: Any, tokenizer: Any, spec: DlmSpec | 
             if config.get(name) is None and getattr(tokenizer, name) is not None:
                 config[name] = getattr(tokenizer, name)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    if spec is None and model.can_generate():
+        # The AR model's sampling defaults say nothing about a denoiser, so a folder with a spec does not inherit them.
+        # Written as it is: save_pretrained() refuses values that published checkpoints carry (a temperature without do_sample, Llama-2).
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    # An expert is a slice of its family's fused tensor; safetensors writes whole storages only.
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def load_denoiser(
@@ -179,10 +202,11 @@ def load_denoiser(
     an export of ours: its weights carry the source's names, and its own code is not needed here.
     """
     folder = Path(folder)
-    config = load_config(_source_view(folder), trust_remote_code)
+    config = _source_config(folder, trust_remote_code)
     spec = spec_from_config(config, str(folder))
-    config.dlm = None
-    del config.dlm
+    for name in ("dlm", "is_causal"):
+        if hasattr(config, name):
+            delattr(config, name)
     rewrite_config(config)
     model = load_model(folder, config, dtype, trust_remote_code)
     model.to(pick_device(device)).eval()
@@ -191,20 +215,18 @@ def load_denoiser(
     return Denoiser(model, spec, load_tokenizer(folder)).eval()
 
 
-def _source_view(folder: Path) -> Path:
-    """The folder itself, or, for an export with its own model type, a temporary folder whose config names the source's family."""
-    values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
-    if values is None:
+def _source_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's config; for an export with its own model type, that of the source's family."""
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json", "", "name a run folder, a stage's model folder, or an export")
+    values = json.loads((folder / "config.json").read_text())
     if not str(values.get("model_type", "")).startswith("dlm_"):
-        return folder
-    import tempfile
-
+        return load_config(folder, trust_remote_code)
     values["model_type"] = values["model_type"].removeprefix("dlm_")
     values.pop("auto_map", None)
-    view = Path(tempfile.mkdtemp(prefix="dlmconvert-"))
-    (view / "config.json").write_text(json.dumps(values))
-    return view
+    with tempfile.TemporaryDirectory(prefix="dlmconvert-") as view:
+        (Path(view) / "config.json").write_text(json.dumps(values))
+        return load_config(Path(view))
 
 
 def pick_device(name: str) -> torch.device:

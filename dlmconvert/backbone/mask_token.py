@@ -20,8 +20,8 @@ DEFAULT_TEXT = "<|mask|>"
 
 @dataclass(frozen=True)
 class MaskChoice:
-    """id, text: of the token. is_word: the text that the model is trained on may contain it. adds_row: the embedding grows by one.
-    reason: a sentence for the user."""
+    """id, text: of the token. is_word: the text that the model is trained on may contain it. adds_row: the embedding grows up to the id (by
+    one row, or by more when the tokenizer has tokens beyond the embedding). reason: a sentence for the user."""
 
     id: int
     text: str
@@ -38,9 +38,12 @@ def choose_mask_token(requested: int | str | None, tokenizer: Any, embedding_row
     """
     if requested is not None:
         return _requested(requested, tokenizer, embedding_rows)
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < embedding_rows:
-        text = tokenizer.mask_token
-        return MaskChoice(tokenizer.mask_token_id, text, False, False, f"the tokenizer has a mask token of its own, {text!r}")
+    if tokenizer.mask_token_id is not None:
+        token_id, text = tokenizer.mask_token_id, tokenizer.mask_token
+        return MaskChoice(token_id, text, False, token_id >= embedding_rows, f"the tokenizer has a mask token of its own, {text!r}")
+    if DEFAULT_TEXT in tokenizer.get_vocab():
+        token_id = tokenizer.convert_tokens_to_ids(DEFAULT_TEXT)
+        return MaskChoice(token_id, DEFAULT_TEXT, False, token_id >= embedding_rows, f"the tokenizer has a token {DEFAULT_TEXT!r}")
     used = len(tokenizer)
     runtime_id = RUNTIME_IDS.get(model_type)
     if runtime_id is not None and used <= runtime_id < embedding_rows:
@@ -51,7 +54,7 @@ def choose_mask_token(requested: int | str | None, tokenizer: Any, embedding_row
             return MaskChoice(token_id, text, False, False, f"{text!r} is a reserved token that no text uses")
     if used < embedding_rows:
         return MaskChoice(used, DEFAULT_TEXT, False, False, f"the first of {embedding_rows - used} unused rows of the embedding")
-    return MaskChoice(embedding_rows, DEFAULT_TEXT, False, True, f"the tokenizer fills all {embedding_rows} rows: one is added")
+    return MaskChoice(used, DEFAULT_TEXT, False, True, f"the tokenizer fills all {embedding_rows} rows: one is added")
 
 
 def _requested(requested: int | str, tokenizer: Any, embedding_rows: int) -> MaskChoice:
@@ -60,12 +63,11 @@ def _requested(requested: int | str, tokenizer: Any, embedding_rows: int) -> Mas
         token_id = tokenizer.get_vocab().get(requested)
         if token_id is None:
             pieces = tokenizer.tokenize(requested)
-            if len(pieces) == 1:
+            if len(pieces) == 1 and pieces[0] != tokenizer.unk_token:
                 token_id = tokenizer.convert_tokens_to_ids(pieces[0])
             elif requested.startswith(("<", "[")):
                 # A new special token by name: it takes the next free row, or a new one.
-                adds = used >= embedding_rows
-                return MaskChoice(embedding_rows if adds else used, requested, False, adds, "the recipe names a new token")
+                return MaskChoice(used, requested, False, used >= embedding_rows, "the recipe names a new token")
             else:
                 raise UserError(
                     f"source.mask_token={requested!r} is not one token: the tokenizer makes {pieces} of it",
@@ -74,12 +76,13 @@ def _requested(requested: int | str, tokenizer: Any, embedding_rows: int) -> Mas
                 )
     else:
         token_id = requested
-    if token_id == embedding_rows and token_id >= used:
-        return MaskChoice(token_id, DEFAULT_TEXT, False, True, "the recipe names the id after the last row: a row is added")
+    first_new = max(used, embedding_rows)
+    if token_id == first_new:
+        return MaskChoice(token_id, _new_text(tokenizer, token_id), False, True, "the recipe names the id after the last row: a row is added")
     if not 0 <= token_id < embedding_rows:
         raise UserError(
             f"source.mask_token={requested}: the embedding has ids 0 to {embedding_rows - 1}",
-            f"{embedding_rows} would add a row",
+            f"{first_new} would add a row",
             "leave source.mask_token out to have one chosen",
         )
     if token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
@@ -89,10 +92,14 @@ def _requested(requested: int | str, tokenizer: Any, embedding_rows: int) -> Mas
         )
     text = tokenizer.convert_ids_to_tokens(token_id)
     if text is None or token_id >= used:
-        return MaskChoice(token_id, DEFAULT_TEXT, False, False, "the recipe names this unused id")
+        return MaskChoice(token_id, _new_text(tokenizer, token_id), False, False, "the recipe names this unused id")
     is_word = token_id not in tokenizer.all_special_ids and token_id not in tokenizer.added_tokens_decoder
     why = "an ordinary word piece, so masks are tracked as booleans" if is_word else "a special token"
     return MaskChoice(token_id, text, is_word, False, f"the recipe names it ({why})")
+
+
+def _new_text(tokenizer: Any, token_id: int) -> str:
+    return f"<|mask_{token_id}|>" if DEFAULT_TEXT in tokenizer.get_vocab() else DEFAULT_TEXT
 
 
 def install_mask_token(model: Any, tokenizer: Any, choice: MaskChoice, init: str, seed: int) -> None:
@@ -101,10 +108,13 @@ def install_mask_token(model: Any, tokenizer: Any, choice: MaskChoice, init: str
     init: `mean` of the existing rows, `normal` with their mean and spread, `keep`. A word keeps its row. An unused row of an AR
     checkpoint has decayed to about 0, where gradients explode at high noise (LLaDA2.0, arXiv 2512.15745); hence `mean`.
     """
-    existing = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    rows = model.get_input_embeddings().weight.shape[0]
+    existing = min(len(tokenizer), rows)
+    started = range(choice.id, choice.id + 1)
     if choice.adds_row:
         model.resize_token_embeddings(choice.id + 1, mean_resizing=False)
         init = "mean" if init == "keep" else init
+        started = range(rows, choice.id + 1)
     if not choice.is_word and init != "keep":
         matrices = [model.get_input_embeddings().weight]
         head = model.get_output_embeddings()
@@ -117,7 +127,7 @@ def install_mask_token(model: Any, tokenizer: Any, choice: MaskChoice, init: str
                 generator = torch.Generator().manual_seed(seed)
                 row_D = row_D + real_VD.std(0) * torch.randn(row_D.shape, generator=generator)
             with torch.no_grad():
-                matrix_VD[choice.id] = row_D.to(matrix_VD.dtype)
+                matrix_VD[started.start : started.stop] = row_D.to(matrix_VD.dtype)
     if choice.is_word:
         return
     if choice.id >= len(tokenizer):

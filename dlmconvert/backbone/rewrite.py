@@ -15,7 +15,7 @@ from dlmconvert.diffusion.attention import AttentionContext, allowed_matrix, rea
 from dlmconvert.errors import UserError
 
 PROBE_LENGTH = 12
-_DROPOUT_WORDS = ("dropout", "pdrop", "drop_rate")
+_NOISE_WORDS = ("dropout", "pdrop", "drop_rate", "layerdrop", "jitter_noise")  # all of it makes a batch depend on its split
 _RECURRENT_FAMILIES = ("rwkv", "xlstm")  # recurrent, and their configs do not say so
 
 
@@ -33,7 +33,7 @@ def rewrite_config(config: Any) -> list[str]:
             setattr(text_config, name, longest if longest is not None else 1 << 30)
             notes.append(f"{name} {window} -> {getattr(text_config, name)}")
     for name, value in list(vars(text_config).items()):
-        if isinstance(value, float) and value > 0 and any(word in name for word in _DROPOUT_WORDS):
+        if isinstance(value, float) and value > 0 and any(word in name for word in _NOISE_WORDS):
             setattr(text_config, name, 0.0)
             notes.append(f"{name} {value:g} -> 0")
     if getattr(text_config, "use_cache", False):

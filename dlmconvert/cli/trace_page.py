@@ -1,7 +1,11 @@
-"""`--trace-html`: one self-contained page that plays the denoising step by step. Nothing is fetched from a network."""
+"""Following the denoising: `--trace` in the terminal, `--trace-html` as one self-contained page that plays it step by step.
+
+The page fetches nothing from a network.
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +20,73 @@ class RowTrace:
 
     cells: list[tuple[str, bool]]
     settled: list[tuple[int, int, list[tuple[int, str, float]]]] = field(default_factory=list)
+
+
+class TraceWatcher:
+    """Follows the denoising for --trace (redrawn on a terminal, a line a step elsewhere) and --trace-html."""
+
+    def __init__(self, tokenizer: Any, num_steps: int, show: bool, keep: bool):
+        self.tokenizer, self.num_steps, self.show, self.keep = tokenizer, num_steps, show, keep
+        self.rows, self.texts, self.kept, self.live = [], {}, [], None
+
+    def watching(self, batch: list[Any]):
+        from dlmconvert.cli.console import console
+
+        self.rows = batch
+        if self.keep:
+            for row in batch:
+                self.kept.append(RowTrace([("" if t is None else self._text(t), t is not None) for t in row.tokens[row.num_start :]]))
+        if self.show and console.is_terminal:
+            from rich.live import Live
+
+            self.live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+            return self.live
+        return nullcontext()
+
+    def see(self, step: Any) -> None:
+        if self.keep:
+            self._remember(step)
+        if self.show and (self.live is not None or bool(step.committed_BL.any())):
+            self._draw(step)
+
+    def _remember(self, step: Any) -> None:
+        for row, trace, committed_L, tokens_L, confidence_L in zip(
+            self.rows, self.kept[-len(self.rows) :], step.committed_BL, step.tokens_BL, step.confidence_BL, strict=True
+        ):
+            places = committed_L.nonzero()[:, 0].tolist()
+            if places:
+                events = [(p - row.num_start, self._text(int(tokens_L[p])), round(float(confidence_L[p]), 4)) for p in places]
+                trace.settled.append((step.index, step.nfe, events))
+
+    def _draw(self, step: Any) -> None:
+        from rich.text import Text
+
+        from dlmconvert.cli.console import console
+
+        head = f"step {step.index + 1}/{self.num_steps}, {step.nfe} forwards, {int(step.masked_BL.sum())} masked"
+        canvases = []
+        state = (step.tokens_BL.tolist(), step.masked_BL.tolist(), step.committed_BL.tolist())
+        for row, tokens_L, masked_L, committed_L in zip(self.rows, *state, strict=True):
+            canvas = Text()
+            for place in range(row.num_start, len(row.tokens)):
+                if masked_L[place]:
+                    canvas.append("_", style="dim")
+                else:
+                    style = "bold reverse green" if committed_L[place] else "green" if row.tokens[place] is None else ""
+                    canvas.append(self._text(tokens_L[place]), style=style)
+            canvases.append(canvas)
+        if self.live is None:
+            shown = " | ".join(canvas.plain.replace("\n", "\\n") for canvas in canvases)
+            console.print(f"{head}: {shown}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.live.update(Text("\n").join([*canvases, Text(head, style="dim")]), refresh=True)
+
+    def _text(self, token: int) -> str:
+        from dlmconvert.sampling.text import token_text
+
+        if token not in self.texts:
+            self.texts[token] = token_text(self.tokenizer, token)
+        return self.texts[token]
 
 
 def render_trace_page(model: str, settings: dict[str, Any], num_steps: int, rows: list[RowTrace]) -> str:

@@ -22,10 +22,11 @@ import numpy as np
 from dlmconvert.data.chat import Turn, assistant_turns, check_messages
 from dlmconvert.data.docstrings import BUILTIN_DOCSTRINGS, docstring_pairs
 from dlmconvert.data.packing import locked, published, told_as_user_errors
-from dlmconvert.data.readers import Record, hub_records, load_hub, read_records, suffix_of
+from dlmconvert.data.readers import JSON_SUFFIXES, PARQUET_SUFFIXES, Record, hub_records, load_hub, read_records, suffix_of
 from dlmconvert.data.rows import FORMAT, RowStore, RowWriter, largest_vocabulary, smallest_dtype
 from dlmconvert.data.sources import BUILTIN_PYTHON, content_fingerprint, content_hash, is_local, local_files
 from dlmconvert.data.splits import LOOK_AHEAD, held_out, smallest_group
+from dlmconvert.data.tokenising import no_length_warning
 from dlmconvert.errors import UserError, nearest
 from dlmconvert.recipe.schema import TextSource
 
@@ -106,7 +107,9 @@ def lay_out(turn: Turn, layout: Layout) -> LaidOut | None:
     return LaidOut(tokens_L, eligible_L, end, truncated, cut)
 
 
-def read_conversations(path: str, *, prompt_field: str = "prompt", response_field: str = "response", split: str = "train") -> Iterator[Conversation]:
+def read_conversations(
+    path: str, *, prompt_field: str = "prompt", response_field: str = "response", split: str = "train"
+) -> Iterator[Conversation]:
     """The conversations of a JSONL or Parquet file (folder, glob), a Hub dataset, or `builtin:python-docstrings`.
 
     A record holds `messages`, or a prompt and a response under the names given. Raises UserError with file and line.
@@ -173,9 +176,9 @@ def conversation_rows(
         if final.is_dir():  # another process made it while this one waited
             return opened()
         turn_rows = _TurnRows(tokenizer, layout, forbidden_id)
-        with published(final) as folder:
-            held = _Side(folder / "validation", layout.row_length, turn_rows.dtype)
-            train = _Side(folder / "train-0", layout.row_length, turn_rows.dtype)
+        with no_length_warning(tokenizer), published(final) as folder:
+            held = _Side(folder / "validation", fingerprint, layout.row_length, turn_rows.dtype)
+            train = _Side(folder / "train-0", fingerprint, layout.row_length, turn_rows.dtype)
             excluded = set()
             if held_path is not None:
                 for conversation in read(held_path):
@@ -190,6 +193,8 @@ def conversation_rows(
                     train.add(turn_rows.of(conversation))
                 if progress is not None and number % 100 == 0:
                     progress(number, min(1.0, number / total) if total else None)
+            if progress is not None:
+                progress(train.meta["num_conversations"] + held.meta["num_conversations"], 1.0)
             train.close(path)
             if not train.meta["num_rows"]:
                 raise _no_rows(path, train.meta["num_skipped"], layout.row_length)
@@ -226,12 +231,12 @@ class _TurnRows:
 class _Side:
     """One store while it is written."""
 
-    def __init__(self, folder: Path, row_length: int, dtype: str):
+    def __init__(self, folder: Path, fingerprint: str, row_length: int, dtype: str):
         self._writer = RowWriter(folder)
         self._dtype = dtype
         self.meta: dict[str, Any] = {
-            "kind": "conversations", "row_length": row_length, "dtype": dtype, "documents": "joined", "num_conversations": 0,
-            "num_rows": 0, "num_tokens": 0, "num_prompts_truncated": 0, "num_answers_cut": 0, "num_skipped": 0,
+            "kind": "conversations", "fingerprint": fingerprint, "row_length": row_length, "dtype": dtype, "documents": "joined",
+            "num_conversations": 0, "num_rows": 0, "num_tokens": 0, "num_prompts_truncated": 0, "num_answers_cut": 0, "num_skipped": 0,
             "num_eligible_tokens": 0, "num_padding_tokens": 0,
         }  # fmt: skip
         self._write(np.zeros(0), np.zeros(0, bool), np.zeros(0))
@@ -267,8 +272,8 @@ def _records(path: str, split: str) -> Iterator[Record]:
     if path.startswith("builtin:"):
         raise UserError(f"there are no conversations {path!r}", nearest(path, [BUILTIN_DOCSTRINGS]))
     for file in local_files(path):
-        if suffix_of(file) in (".txt", ".md", ".py", ".rst", ".text"):
-            raise UserError(f"{file}: plain text holds no conversations", "", "give a .jsonl file with `messages`, or a prompt and a response")
+        if suffix_of(file) not in JSON_SUFFIXES + PARQUET_SUFFIXES:
+            raise UserError(f"{file}: plain text holds no conversations", "give a .jsonl file with `messages`, or a prompt and a response")
         num_records = 0
         for record in read_records(file):
             num_records += 1

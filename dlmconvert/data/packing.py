@@ -97,22 +97,20 @@ def prepare_rows(
         paths = []
         with Tokeniser(tokenizer, shard_format, workers or os.cpu_count() or 1) as tokeniser:
             for number, (source, split) in enumerate(parts):
-                pieces = _pieces(source, split, report)
+                pieces = _pieces(source, split)
                 folder = shards_folder / f"part-{number}"
                 paths.append(_tokenise(pieces, folder, tokeniser, max_tokens, report, held_out=split is None))
-        meta = {"kind": "text", "row_length": row_length, "dtype": shard_format.dtype, "documents": documents}
-        with published(final) as folder:
-            try:
-                for number, source in enumerate(sources):
-                    counts = {"source": source.path}
-                    _concatenate(paths[number : number + 1], 0, folder / f"train-{number}", meta | counts, max_tokens, fraction)
-                if fraction:
-                    _concatenate(paths, 1, folder / "validation", meta | {"source": "held out"}, None, fraction)
-                elif validation_sources:
-                    held = {"source": ", ".join(source.path for source in validation_sources)}
-                    _concatenate(paths[len(sources) :], 1, folder / "validation", meta | held, max_tokens, fraction)
-            except UserError:
-                shutil.rmtree(shards_folder, ignore_errors=True)  # nothing to resume: other settings have other shards
+        meta = {
+            "kind": "text", "fingerprint": fingerprint, "row_length": row_length, "dtype": shard_format.dtype, "documents": documents,
+        }  # fmt: skip
+        try:
+            with published(final) as folder:
+                _write_stores(folder, paths, list(sources), validation_sources, meta, max_tokens, fraction)
+        except UserError:
+            shutil.rmtree(shards_folder, ignore_errors=True)  # nothing to resume: other settings have other shards
+            raise
+        except FileNotFoundError:
+            if not final.is_dir():  # else, where locks do not work, a faster process is done and has removed the shards
                 raise
         shutil.rmtree(shards_folder, ignore_errors=True)
         report.done()
@@ -130,11 +128,10 @@ def _bounded(source: TextSource, max_tokens: int | None) -> Iterator[Document]:
             return
 
 
-def _pieces(source: TextSource, split: Split | None, report: _Report) -> Iterator[Piece]:
+def _pieces(source: TextSource, split: Split | None) -> Iterator[Piece]:
     """split: None for a source that is held out whole."""
     for document in read_documents(source):
         train, held = ("", document.text) if split is None else split.parts(document)
-        report.read(len(document.text))
         # The held-out part first: `max_tokens` may end the source inside this document.
         if held:
             yield from pieces_of(held, True, document.origin)
@@ -153,16 +150,16 @@ def _tokenise(
 
     def enough() -> bool:
         nonlocal num_tokens
-        path, future = waiting.popleft()
+        path, future, num_characters = waiting.popleft()
         counts = future.result()
         done.append(path)
         num_tokens += counts[int(held_out)]
-        report.tokens(sum(counts))
+        report.shard(num_characters, sum(counts))
         return max_tokens is not None and num_tokens >= max_tokens
 
     for number, shard in enumerate(shards_of(pieces)):
         path = folder / f"{number:06d}.npz"
-        waiting.append((path, tokeniser.submit(shard, path)))
+        waiting.append((path, tokeniser.submit(shard, path), sum(len(piece.text) for piece in shard)))
         if len(waiting) >= tokeniser.window and enough():
             return done
     while waiting:
@@ -171,10 +168,36 @@ def _tokenise(
     return done
 
 
-def _concatenate(
-    paths: list[list[Path]], side: int, folder: Path, meta: dict[str, Any], max_tokens: int | None, fraction: float
+def _write_stores(
+    folder: Path,
+    paths: list[list[Path]],
+    sources: list[TextSource],
+    validation_sources: list[TextSource],
+    meta: dict[str, Any],
+    max_tokens: int | None,
+    fraction: float,
 ) -> None:
-    """The shards of some sources become one store.
+    """All stores of a preparation. paths: the shards of each of `sources` and then of each of `validation_sources`."""
+    row_length, total = meta["row_length"], 0
+    for number, source in enumerate(sources):
+        store = folder / f"train-{number}"
+        num_tokens = _concatenate(paths[number : number + 1], 0, store, meta | {"source": source.path}, max_tokens)
+        if num_tokens < row_length:
+            raise _too_short(source.path, num_tokens, row_length, is_a_rest=bool(fraction or validation_sources))
+        total += num_tokens
+    if fraction:
+        num_tokens = _concatenate(paths, 1, folder / "validation", meta | {"source": "held out"}, None)
+        if num_tokens < row_length:
+            raise _too_little_held_out(num_tokens, total, row_length, fraction)
+    elif validation_sources:
+        label = ", ".join(source.path for source in validation_sources)
+        num_tokens = _concatenate(paths[len(sources) :], 1, folder / "validation", meta | {"source": label}, max_tokens)
+        if num_tokens < row_length:
+            raise _too_short(f"data.validation {label}", num_tokens, row_length, is_a_rest=False)
+
+
+def _concatenate(paths: list[list[Path]], side: int, folder: Path, meta: dict[str, Any], max_tokens: int | None) -> int:
+    """The shards of some sources become one store; returns its number of tokens.
 
     paths: the shards of each source. side: 0 what is trained on, 1 what is held out. max_tokens: taken of each source.
     """
@@ -201,8 +224,6 @@ def _concatenate(
             num_documents += len(starts)
             offset += len(tokens)
     num_split += int(offset - last_start > row_length)
-    if offset < row_length:
-        raise _too_small(meta, offset, side, fraction)
     counts = {
         "num_tokens": offset,
         "num_rows": offset // row_length,
@@ -211,32 +232,28 @@ def _concatenate(
         "num_documents_split": num_split,
     }
     writer.close(meta | counts)
+    return offset
 
 
-def _too_small(meta: dict[str, Any], num_tokens: int, side: int, fraction: float) -> UserError:
-    row_length, shorter = meta["row_length"], f"data.row_length={num_tokens}" if num_tokens >= 8 else "data.row_length"
-    if not side:
-        return UserError(
-            f"{meta['source']}: {num_tokens} tokens are fewer than one row of data.row_length={row_length}",
-            "this is what is left to train on after the held-out text is taken away",
-            f"give more text, or lower {shorter}",
-        )
-    if fraction:
-        enough = min(0.5, fraction * 1.5 * row_length / max(1, num_tokens))
-        return UserError(
-            f"the held-out text has {num_tokens} tokens, fewer than one row of data.row_length={row_length}",
-            f"data.validation={fraction:g} of this corpus is too little",
-            f"try data.validation={enough:.2g}, lower data.row_length, or set data.validation=0 (nothing is held out)",
-        )
+def _too_short(label: str, num_tokens: int, row_length: int, is_a_rest: bool) -> UserError:
     return UserError(
-        f"data.validation {meta['source']}: {num_tokens} tokens are fewer than one row of data.row_length={row_length}",
-        "",
-        f"give more held-out text, or lower {shorter}",
+        f"{label}: {num_tokens} tokens are fewer than one row of data.row_length={row_length}",
+        "this is what is left to train on when the held-out text is taken away" if is_a_rest else "",
+        "give more text, or lower " + (f"data.row_length to {num_tokens} or less" if num_tokens >= 8 else "data.row_length"),
+    )
+
+
+def _too_little_held_out(num_tokens: int, num_train_tokens: int, row_length: int, fraction: float) -> UserError:
+    enough = min(0.5, max(2 * fraction, 2 * row_length / (num_tokens + num_train_tokens)))
+    return UserError(
+        f"the held-out text has {num_tokens} tokens, fewer than one row of data.row_length={row_length}",
+        f"data.validation={fraction:g} of this corpus is too little",
+        f"try data.validation={enough:.2g}, lower data.row_length, or set data.validation=0 (nothing is held out)",
     )
 
 
 class _Report:
-    """Turns what was read and tokenised into calls of `progress`."""
+    """Turns finished shards into calls of `progress`."""
 
     def __init__(self, progress: Progress | None, total_characters: int | None, total_tokens: int | None):
         self._progress = progress
@@ -244,10 +261,8 @@ class _Report:
         self._total_tokens = total_tokens
         self._characters = self._tokens = 0
 
-    def read(self, num_characters: int) -> None:
+    def shard(self, num_characters: int, num_tokens: int) -> None:
         self._characters += num_characters
-
-    def tokens(self, num_tokens: int) -> None:
         self._tokens += num_tokens
         if self._progress is None:
             return
@@ -271,8 +286,14 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        else:
+            # Nobody else works on it, so what a killed process left half-written is of no use to anybody.
+            for leftover in path.parent.glob(f"{path.stem.lstrip('.')}.*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
@@ -306,7 +327,7 @@ def told_as_user_errors(cache: Path) -> Iterator[None]:
             exit_code=EXIT_FAILED,
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             raise
         raise UserError(
             f"prepared rows cannot be written to {cache}: {error.strerror}",

@@ -158,7 +158,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
                 for value in batch.to_pylist():
                     row += 1
                     yield Record(value, f"{path}, row {row}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file", _first_line(error), "download or write the file again") from None
 
 

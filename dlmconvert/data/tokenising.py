@@ -159,7 +159,7 @@ def write_shard(encoder: _Encoder, shard_format: ShardFormat, pieces: list[Piece
     )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        np.savez(file, **shard._asdict())
+        np.savez(file, counts=np.asarray(length), **shard._asdict())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -174,10 +174,11 @@ def read_shard(path: Path) -> Shard:
 def shard_counts(path: Path) -> tuple[int, int] | None:
     """Number of tokens (to train on, held out) of a shard, or None when it is missing or broken."""
     try:
-        shard = read_shard(path)
+        with np.load(path) as file:  # the directory of a zip file is at its end: a file that was cut short does not open
+            train, held_out = file["counts"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return len(shard.tokens), len(shard.held_out_tokens)
+    return train, held_out
 
 
 class _Encoder:
@@ -189,7 +190,7 @@ class _Encoder:
     def encode(self, texts: list[str]) -> list[list[int]]:
         if hasattr(self._tokenizer, "encode_batch"):  # a bare backend of `tokenizers`
             return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        with _no_length_warning(self._tokenizer):
+        with no_length_warning(self._tokenizer):
             return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
@@ -256,8 +257,8 @@ def _single_threaded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_length_warning(tokenizer: Any) -> Iterator[None]:
-    # transformers warns that a document is longer than the model; here documents are cut into rows.
+def no_length_warning(tokenizer: Any) -> Iterator[None]:
+    """transformers warns of texts that are longer than the model; here they are cut to the row."""
     before = getattr(tokenizer, "model_max_length", None)
     if before is None:
         yield

@@ -60,9 +60,7 @@ def nelbo_draw(
     masked_BL = random_subset(targets_BL, counts_B, row_keys_B, draw, seed)
     x_t_BL = x_0_BL.masked_fill(masked_BL, mask_token_id)
     logits_NV = predict(x_t_BL, masked_BL, positions_BL, segments_BL)
-    ce_BL = torch.zeros(x_0_BL.shape, dtype=torch.float64, device=x_0_BL.device)
-    ce_BL[masked_BL] = cross_entropy(logits_NV, x_0_BL[masked_BL]).double()
-    return ce_BL.sum(1) * num_targets_B / counts_B.clamp(min=1)
+    return _row_sums(cross_entropy(logits_NV, x_0_BL[masked_BL]), masked_BL) * num_targets_B / counts_B.clamp(min=1)
 
 
 def ar_nll(
@@ -70,8 +68,13 @@ def ar_nll(
 ) -> torch.Tensor:
     """nats_B: exact -log p of the targets under a causal model, one forward (chain rule)."""
     logits_NV = predict(x_0_BL, targets_BL, positions_BL, segments_BL)
-    ce_BL = torch.zeros(x_0_BL.shape, dtype=torch.float64, device=x_0_BL.device)
-    ce_BL[targets_BL] = cross_entropy(logits_NV, x_0_BL[targets_BL]).double()
+    return _row_sums(cross_entropy(logits_NV, x_0_BL[targets_BL]), targets_BL)
+
+
+def _row_sums(ce_N: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
+    # Apple's GPUs have no float64.
+    ce_BL = torch.zeros(masked_BL.shape, dtype=torch.float32 if ce_N.device.type == "mps" else torch.float64, device=ce_N.device)
+    ce_BL[masked_BL] = ce_N.to(ce_BL.dtype)
     return ce_BL.sum(1)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.data.loader import positions
 from dlmconvert.diffusion.alignment import predictable
 from dlmconvert.diffusion.likelihood import ar_nll, mean_and_standard_error, nelbo_draw
 
@@ -46,15 +47,6 @@ class Likelihood:
         return asdict(self)
 
 
-def positions_of(segments_BL: torch.Tensor) -> torch.Tensor:
-    """Position ids that restart at each document: (B, L)."""
-    length = segments_BL.shape[1]
-    index_BL = torch.arange(length).expand_as(segments_BL)
-    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
-    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
-    return index_BL - torch.where(starts_BL, index_BL, 0).cummax(dim=1).values
-
-
 def measure_likelihood(
     denoiser: Denoiser,
     source: RowSource,
@@ -83,7 +75,7 @@ def measure_likelihood(
             rows = source.rows(indices)
             targets_BL = rows.eligible_BL & predictable(rows.segments_BL, "shift")
             segments_BL = rows.segments_BL if bool((rows.segments_BL != rows.segments_BL[:, :1]).any()) else None
-            positions_BL = positions_of(rows.segments_BL)
+            positions_BL = positions(rows.segments_BL, isolated=True)
             num_bytes += _text_bytes(denoiser.tokenizer, rows.tokens_BL, targets_BL)
             x_0_BL, targets_BL, positions_BL, segments_BL, keys_B = (
                 t if t is None else t.to(denoiser.device)

@@ -101,7 +101,7 @@ def _warnings(spec: DlmSpec) -> str:
     lines = [
         "- **Not an autoregressive model.** Its attention sees both sides, so next-token decoding gives nonsense; `generate()` refuses. "
         "Load it with `trust_remote_code=True` (transformers 5.22 or newer).",
-        "- Its likelihood is a **bound**: the NELBO below is an upper bound of the negative log-likelihood, estimated by sampling masks. "
+        "- Its likelihood is a **bound**: a NELBO is an upper bound of the negative log-likelihood, estimated by sampling masks. "
         "It is not directly comparable with an autoregressive NLL, which is exact.",
     ]
     if spec.trained == "ar":
@@ -115,11 +115,10 @@ def _usage(facts: CardFacts, spec: DlmSpec, generation: dict[str, Any]) -> str:
     before, after = facts.example
     defaults = ", ".join(f"{name}={generation[name]!r}" for name in ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg") if name in generation)
     return f"""```python
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 # continue a prompt
@@ -186,7 +185,7 @@ def _checks(checks: dict[str, Any] | None, notes: list[str]) -> str:
                     f"allowed: {checks['allowed_logit_difference']}.",
                     f"- A change of the last token moved {moved} of {total} earlier predictions.",
                     f"- {checks['sampler_parity']}; the mask token is never produced.",
-                    "- The mask token survives the tokenizer. " + "; ".join(checks["files"]) + ".",
+                    "- The tokenizer encodes as in training, and the mask token survives it. " + "; ".join(checks["files"]) + ".",
                 ]
             )
         )

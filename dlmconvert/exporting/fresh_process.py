@@ -27,7 +27,7 @@ def answer(folder, questions):
         folder, trust_remote_code=True, dtype=getattr(torch, questions["dtype"]), output_loading_info=True
     )
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     first = questions["states"][0]
     changed_BL = first["tokens_BL"].clone()
     changed_BL[:, -1] = questions["another_token"]
@@ -65,6 +65,7 @@ def answer(folder, questions):
                 "mask_token_id": mask_id,
                 "tokenizer_mask_token_id": tokenizer.mask_token_id,
                 "mask_round_trip": tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(mask_id)),
+                "encoded": [tokenizer(text)["input_ids"] for text in questions["texts"]],
                 "has_chat_template": tokenizer.chat_template is not None,
                 "sampler": {k: getattr(model.generation_config, k, None) for k in ("steps", "max_new_tokens", "temperature", "top_p", "alg")},
             }

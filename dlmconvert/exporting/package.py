@@ -181,7 +181,7 @@ def config_values(values: dict[str, Any], config: Any, spec: DlmSpec, tokenizer:
 
     values: config.json as it lies in the model folder; config: the same as transformers understands it.
     """
-    result = {name: value for name, value in values.items() if name not in ("_name_or_path", "quantization_config")}
+    result = {name: value for name, value in values.items() if name != "_name_or_path" and not (name == "rope_scaling" and value is None)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         result[name] = values.get(name) if values.get(name) is not None else getattr(tokenizer, name)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -199,7 +199,10 @@ def config_values(values: dict[str, Any], config: Any, spec: DlmSpec, tokenizer:
 
 
 def rope_values(config: Any) -> dict[str, Any]:
-    """`rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for readers that would fall back to a base of 10,000."""
+    """`rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for readers that would fall back to a base of 10,000.
+
+    `rope_scaling` is left out when there is none: as null it says nothing, and transformers 5 warns when it reads it.
+    """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         return {}
@@ -207,7 +210,7 @@ def rope_values(config: Any) -> dict[str, Any]:
     if "full_attention" in parameters:  # a base for each kind of layer (Gemma-3)
         main, local = parameters["full_attention"], parameters.get("sliding_attention")
     scaled = main.get("rope_type", "default") != "default"
-    result = {"rope_parameters": parameters, "rope_theta": main["rope_theta"], "rope_scaling": None}
+    result = {"rope_parameters": parameters, "rope_theta": main["rope_theta"]}
     if scaled:
         result["rope_scaling"] = {name: value for name, value in main.items() if name != "rope_theta"}
     if local is not None:
@@ -229,8 +232,10 @@ def generation_config(generation: dict[str, Any], spec: DlmSpec, tokenizer: Any,
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = getattr(config, name, None)
         result[name] = own if own is not None else getattr(tokenizer, name)
-    # transformers warns about a temperature without sampling.
-    return result | {"mask_token_id": spec.mask_token_id, "do_sample": result.get("temperature", 0) > 0, "use_cache": False}
+    if not result.get("temperature"):
+        # Greedy, which is the sampler's own default: transformers warns about these keys without sampling.
+        result = {name: value for name, value in result.items() if name not in ("temperature", "top_p", "top_k")}
+    return result | {"mask_token_id": spec.mask_token_id, "do_sample": "temperature" in result, "use_cache": False}
 
 
 def write_tokenizer(source: Path, target: Path, tokenizer: Any) -> list[str]:
@@ -244,7 +249,8 @@ def write_tokenizer(source: Path, target: Path, tokenizer: Any) -> list[str]:
     if "auto_map" in values:
         raise UserError(f"{source}: the tokenizer has code of its own", "an export carries no code that it did not write", "save it as a plain tokenizer.json first")
     clean = {name: value for name, value in values.items() if name not in ("name_or_path", "tokenizer_file", "local_files_only", "is_local")}
-    clean.setdefault("tokenizer_class", type(tokenizer).__name__)
+    # transformers chooses the class by the model type as well, and the export has another one: name the class that was loaded.
+    clean["tokenizer_class"] = type(tokenizer).__name__
     if clean != values:
         _write_json(target / "tokenizer_config.json", clean)
     if not (target / "special_tokens_map.json").is_file():

@@ -8,7 +8,6 @@ Shapes: B rows, L positions, N wanted tokens in row-major order, V rows of the o
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
 from dlmconvert.sampling.api import DiffusionOutput, diffusion_generate, infill
+from dlmconvert.sampling.text import encode_row, parse_gaps
 
-_GAP = re.compile(r"\[\[MASK:(\d+)\]\]")
 _SAMPLER_DEFAULTS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg", "eos_token_id", "pad_token_id")
 
 
@@ -100,14 +99,17 @@ class DiffusionMixin(BidirectionalMixin):
         as_text = bool(texts) and isinstance(texts[0], str)
         if as_text and tokenizer is None:
             raise ValueError("infilling a text needs the tokenizer: model.infill(text, tokenizer=tokenizer)")
-        gapped = [gapped_row(text, tokenizer, self.config.dlm) for text in texts] if as_text else texts
+        encoded = [encode_row(tokenizer, parse_gaps(text)) for text in texts] if as_text else [(row, 0) for row in texts]
         defaults = self._sampler_defaults()
         defaults.pop("max_new_tokens", None)
-        filled = infill(_Predictor(self), gapped, **{**defaults, **kwargs})
+        filled = infill(_Predictor(self), [row for row, _ in encoded], **{**defaults, **kwargs})
         if not as_text:
             return filled
         output = filled if isinstance(filled, DiffusionOutput) else None
-        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output.sequences if output else filled)]
+        sequences = output.sequences if output else filled
+        answers = [
+            tokenizer.decode(ids[num_start:], skip_special_tokens=True) for ids, (_, num_start) in zip(sequences, encoded, strict=True)
+        ]
         answer = answers[0] if isinstance(rows, str) else answers
         return replace(output, sequences=answer) if output else answer
 
@@ -142,24 +144,3 @@ class _Predictor:
         self.vocab_size = section["vocab_size"]
         self.alignment = section["alignment"]
         self.device = model.device
-
-
-def gapped_row(text: str, tokenizer: Any, section: dict[str, Any]) -> list[int | None]:
-    """Token ids of a text, None for each token of its `[[MASK:n]]` gaps.
-
-    A special mask token stands in for the gaps, so that the tokenizer treats the text around as it treats text around any special
-    token; a mask that is an ordinary word would merge with its neighbours, so then the pieces are tokenised one by one.
-    """
-    pieces = _GAP.split(text)
-    if len(pieces) == 1:
-        raise ValueError("no gap in the text: mark one as [[MASK:24]] (24 tokens)")
-    mask_id = section["mask_token_id"]
-    if not section.get("mask_is_word", False):
-        mask_text = tokenizer.convert_ids_to_tokens(mask_id)
-        joined = _GAP.sub(lambda gap: mask_text * int(gap.group(1)), text)
-        return [None if token == mask_id else token for token in tokenizer(joined)["input_ids"]]
-    row: list[int | None] = list(tokenizer(pieces[0])["input_ids"])
-    for length, piece in zip(pieces[1::2], pieces[2::2], strict=True):
-        row += [None] * int(length)
-        row += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return row

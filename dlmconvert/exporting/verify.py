@@ -27,9 +27,12 @@ from dlmconvert.diffusion.alignment import predictable, predicting_positions
 from dlmconvert.diffusion.randomness import counter_hash, counter_uniform
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.exporting.card import LOCAL_PATH
+from dlmconvert.exporting.weights import tensor_table
 from dlmconvert.sampling.api import diffusion_generate, infill
 
 ROWS, LENGTH, STEPS = 3, 32, 8
+TEXTS = ["", "The quick brown fox, 1234 times.", "def f(x):\n    return  x\t# caf\u00e9 \u4e2d\u6587 \U0001f600", " leading and trailing "]
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def make_questions(spec: DlmSpec, config: Any, tolerance: Tolerance) -> dict[str
     gaps = tokens_BL[:2].masked_fill(masked_BL[1:], -1)
     return {
         "states": states,
+        "texts": TEXTS,
         "prompts_BP": tokens_BL[:2, :prompt].clone(),
         "prompts_mask_BP": prompts_mask_BP,
         "gaps": [gaps[0].tolist(), gaps[1, : length - cut].tolist()],
@@ -118,7 +122,7 @@ def make_questions(spec: DlmSpec, config: Any, tolerance: Tolerance) -> dict[str
 
 
 def reference_answers(denoiser: Any, questions: dict[str, Any]) -> dict[str, Any]:
-    """What the training side says: any object with `predict`, `mask_token_id`, `vocab_size`, `alignment`."""
+    """What the training side says: any object with `predict`, `mask_token_id`, `vocab_size`, `alignment`, `tokenizer`."""
     greedy = {"alg": "maskgit_plus", "temperature": 0.0, "steps": questions["steps"]}
     with torch.no_grad():
         logits = [denoiser.predict(s["tokens_BL"], s["wanted_BL"], s["positions_BL"], s["segments_BL"]) for s in questions["states"]]
@@ -126,7 +130,8 @@ def reference_answers(denoiser: Any, questions: dict[str, Any]) -> dict[str, Any
             denoiser, questions["prompts_BP"], questions["prompts_mask_BP"], max_new_tokens=questions["max_new_tokens"], **greedy
         )
         infilled = infill(denoiser, [[None if t < 0 else t for t in row] for row in questions["gaps"]], **greedy)
-    return {"logits": logits, "generated_BL": generated_BL, "infilled": infilled}
+    encoded = [denoiser.tokenizer(text)["input_ids"] for text in questions["texts"]]
+    return {"logits": logits, "generated_BL": generated_BL, "infilled": infilled, "encoded": encoded}
 
 
 def ask_fresh_process(target: Path, questions: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +201,8 @@ def compare(expected: dict[str, Any], answers: dict[str, Any], questions: dict[s
         and (spec.mask_is_word or report["tokenizer_mask_token_id"] == spec.mask_token_id),
         f"the tokenizer reads the mask token {spec.mask_token_id} as {report['mask_round_trip']} (its own: {report['tokenizer_mask_token_id']})",
     )
+    for text, ours, theirs in zip(questions["texts"], expected["encoded"], report["encoded"], strict=True):
+        hold(ours == theirs, f"the tokenizer makes {theirs[:12]} of {text!r}, and {ours[:12]} in training")
     hold(report["refuses_generate"], "generate() decodes from left to right")
     return {
         "loaded_with": f"transformers AutoModelForCausalLM, {tolerance.dtype}, CPU, in a process without dlmconvert",
@@ -207,6 +214,7 @@ def compare(expected: dict[str, Any], answers: dict[str, Any], questions: dict[s
         "positions_compared": sum(int(state["wanted_BL"].sum()) for state in questions["states"]),
         "earlier_predictions_moved_by_a_later_token": [int(moved_BL.sum()), moved_BL.numel()],
         "sampler_parity": "diffusion_generate and infill, confidence order, temperature 0: same tokens",
+        "tokenizer_parity": f"{len(questions['texts'])} texts: same tokens",
         "mask_token_round_trip": True,
     }
 
@@ -222,12 +230,13 @@ def check_files(target: Path) -> list[str]:
     paths = [value for name in ("config.json", "generation_config.json", "tokenizer_config.json") for value in _local_paths(target / name)]
     absent = [f"{value.split('.')[0]}.py" for value in (config.get("auto_map") or {}).values() if f"{value.split('.')[0]}.py" not in files]
     claims = [
-        ("rope_theta equals rope_parameters.rope_theta", config.get("rope_theta") == base),
+        *([("rope_theta equals rope_parameters.rope_theta", config.get("rope_theta") == base)] if rope else []),
         ("dtype and torch_dtype are both there and agree", config.get("dtype") == config.get("torch_dtype") is not None),
         ("the mask id is the same in config.json, its dlm section and generation_config.json",
          config["mask_token_id"] == config["dlm"]["mask_token_id"] == generation["mask_token_id"]),
         ("attention is not causal and caches are off", config["is_causal"] is False and config["use_cache"] is False),
         ("the code that auto_map names is there", not absent),
+        ("the head is a tensor of its own when config.json says that it is not tied", _head_as_said(target, config)),
         ("no optimizer state, adapter or pickle", not state),
         ("no local path in the configs", not paths),
     ]  # fmt: skip
@@ -235,6 +244,11 @@ def check_files(target: Path) -> list[str]:
         if not holds:
             raise UserError(f"{target}: it does not hold that {claim}", ", ".join([*state, *paths, *absent][:3]), exit_code=EXIT_FAILED)
     return [claim for claim, _ in claims]
+
+
+def _head_as_said(target: Path, config: dict[str, Any]) -> bool:
+    """An untied model has an output matrix on disk. (A tied one may repeat it: published checkpoints do.)"""
+    return config["tie_word_embeddings"] or any(name.endswith(_HEADS) for name in tensor_table(target))
 
 
 def _largest_difference(ours_NV, theirs_NV, wanted_BL, name, tolerance, hold) -> float:

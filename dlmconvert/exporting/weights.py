@@ -76,7 +76,9 @@ def copy_tensors(
             progress(f"writing {file_name}")
         with ExitStack() as stack:
             files = {f: stack.enter_context(safe_open(folder / f, "pt")) for f in sorted({table[source_of[t]].file for t in tensors})}
-            save_file({t: files[table[source_of[t]].file].get_tensor(source_of[t]) for t in tensors}, target / file_name, metadata={"format": "pt"})
+            values = {name: files[table[source_of[name]].file].get_tensor(source_of[name]) for name in tensors}
+            values |= {name: values[name].clone() for name in tensors if name != source_of[name]}  # aliases cannot be saved
+            save_file(values, target / file_name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(table[source].num_bytes for source in source_of.values())},

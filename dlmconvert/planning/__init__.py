@@ -1,0 +1,1 @@
+"""What a conversion will cost, from its recipe alone: no weights, no GPU."""

@@ -42,8 +42,7 @@ def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """Train to the end (from the newest checkpoint), write <stage>/model, return facts for run.json."""
     import torch
 
-    from dlmconvert.backbone.adapters import merge_lora, save_adapter
-    from dlmconvert.backbone.load import load_config, save_model_folder
+    from dlmconvert.backbone.adapters import save_adapter
 
     recipe, run, reporter = context.recipe, context.run, context.reporter
     folder = run.stage_folder(job.stage)
@@ -55,18 +54,14 @@ def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     reporter.say(_describe(engine, job, spec))
     _loop(context, job, engine)
 
-    saved_dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
-    model = denoiser.model
     if job.settings.lora is not None:
         reporter.say("  merging the adapters; they are kept apart in adapter/")
-        save_adapter(model, _fresh(folder / "adapter"), base=str(recipe.source.model or "scratch"))
-        model = merge_lora(model)
-    model.cpu()
-    temporary = _fresh(folder / ".writing-model")
-    save_model_folder(temporary, model, denoiser.tokenizer, spec, dtype=saved_dtype)
+        save_adapter(denoiser.model, _fresh(folder / "adapter"), base=str(recipe.source.model or "scratch"))
+    temporary = folder / ".writing-model"
+    _write_model(temporary, job, denoiser, spec)
     shutil.rmtree(folder / "model", ignore_errors=True)
     os.rename(temporary, folder / "model")
-    del engine, denoiser, model
+    del engine, denoiser
     gc.collect()
     row_length = job.stores[0].row_length
     return {
@@ -75,6 +70,47 @@ def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         "unique_tokens": sum(store.num_rows for store in job.stores) * row_length,
         "epochs": job.settings.steps * job.settings.rows_per_step / sum(store.num_rows for store in job.stores),
     }
+
+
+def _write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> None:
+    """A plain model folder in the dtype of the source, adapters merged."""
+    import torch
+
+    from dlmconvert.backbone.adapters import merge_lora
+    from dlmconvert.backbone.load import load_config, save_model_folder
+
+    model = merge_lora(denoiser.model) if job.settings.lora is not None else denoiser.model
+    dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
+    save_model_folder(_fresh(folder), model.cpu(), denoiser.tokenizer, spec, dtype=dtype)
+
+
+def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> None:
+    """A kept checkpoint as a model folder of its own. Raises UserError when it is damaged."""
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.training.checkpoint import CheckpointFolder
+
+    recipe, run = context.recipe, context.run
+    settings, source = (recipe.sft, run.model_folder("adapt")) if stage == "sft" else (recipe.train, run.model_folder("prepare"))
+    tokenizer = load_tokenizer(source)
+    if stage == "sft":
+        from dlmconvert.data.chat import ensure_chat_template
+
+        ensure_chat_template(tokenizer)
+    job = TrainingJob(stage, settings, recipe.method, source, stage, [], [], None, False, anneal=stage == "adapt", tokenizer=tokenizer)
+    denoiser, spec = _trainable(context, job)
+    checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints")
+    damage = checkpoints.damage(step)
+    if damage is not None:
+        raise UserError(f"{checkpoints.path(step)} is damaged: {damage}", "", f"kept and whole: {[s for s in checkpoints.steps() if checkpoints.damage(s) is None]}")
+    _engine(context, job, denoiser).load_tensors(checkpoints.load(step).tensors, step)
+    open_ratio = _open_ratio_at(job, step)
+    _write_model(folder, job, denoiser, replace(spec, annealing=spec.annealing | {"open_ratio": open_ratio}))
+
+
+def _open_ratio_at(job: TrainingJob, step: int) -> float:
+    from dlmconvert.diffusion.schedules import annealing_ratio
+
+    return 0.0 if job.method.attention.pattern == "causal" else annealing_ratio(step - 1, _anneal_steps(job))
 
 
 def _trainable(context: StageContext, job: TrainingJob):
@@ -96,7 +132,7 @@ def _trainable(context: StageContext, job: TrainingJob):
             delattr(config, name)
     rewrite_config(config)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    row_length = job.stores[0].row_length
+    row_length = job.stores[0].row_length if job.stores else 0
     if longest is not None and row_length > longest:
         raise UserError(
             f"data.row_length={row_length} is longer than the model's {longest} positions", "", f"lower it: data.row_length={longest}"

@@ -138,9 +138,7 @@ def _steps(predictor: Predictor, canvas: Canvas, settings: _Settings) -> Iterato
             tokens_BL = torch.where(committed_BL, x_hat_BL, tokens_BL)
             masked_BL = masked_BL & ~committed_BL
             if settings.tokens_hook:
-                tokens_BL, masked_BL = _after_hook(
-                    settings.tokens_hook, step, tokens_BL, masked_BL, logits_BLV, predictor.mask_token_id
-                )
+                tokens_BL, masked_BL = _after_hook(settings.tokens_hook, step, tokens_BL, masked_BL, logits_BLV, predictor.mask_token_id)
         yield Step(step, tokens_BL.clone(), masked_BL.clone(), committed_BL & ~masked_BL, confidence_BL, nfe)
 
 

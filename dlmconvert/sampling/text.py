@@ -77,12 +77,12 @@ def decode_pieces(tokenizer: Any, tokens: Sequence[int], is_generated: Sequence[
     Each piece is what it adds to the text before it, so spaces and characters of several tokens come out as in the whole text.
     """
     pieces: list[tuple[str, bool]] = []
-    shown = _decode(tokenizer, tokens[:num_start])
+    shown = ""
     for place in range(num_start, len(tokens)):
         last = place + 1 == len(tokens)
         if not last and is_generated[place + 1] == is_generated[place]:
             continue
-        text = _decode(tokenizer, tokens[: place + 1])
+        text = _decode(tokenizer, tokens[num_start : place + 1])
         if not last:
             text = text.rstrip(_UNFINISHED)
         pieces.append((text[len(shown) :], bool(is_generated[place])))

@@ -38,6 +38,7 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
         self.warn = warn
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -55,7 +56,7 @@ class CheckpointFolder:
         from safetensors.torch import save_file
 
         final = self.path(checkpoint.step)
-        if (final / COMPLETE).is_file():
+        if (final / COMPLETE).is_file() and checkpoint.step not in self._damaged:
             return final
         temporary = self.folder / f".writing-{final.name}"
         try:
@@ -70,8 +71,9 @@ class CheckpointFolder:
                 _flush(temporary / name)
             (temporary / COMPLETE).write_text(json.dumps(listing, indent=1))
             _flush(temporary / COMPLETE)
-            shutil.rmtree(final, ignore_errors=True)  # a folder of that name without COMPLETE
+            self._remove(checkpoint.step)  # a damaged one of that step, or a folder without COMPLETE
             os.rename(temporary, final)
+            self._damaged.discard(checkpoint.step)
             _flush(self.folder)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -94,6 +96,7 @@ class CheckpointFolder:
             damage = self.damage(step)
             if damage is None:
                 return self.load(step)
+            self._damaged.add(step)
             self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): falling back to the one before it")
         return None
 
@@ -126,10 +129,16 @@ class CheckpointFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            # Unmark first: a prune that is killed half-way must not leave a folder that looks whole.
-            (self.path(step) / COMPLETE).unlink()
-            shutil.rmtree(self.path(step), ignore_errors=True)
+        # A damaged checkpoint does not count as one of those that are kept: it must not push out a whole one.
+        whole = [step for step in self.steps() if step not in self._damaged]
+        for step in [*self._damaged, *whole[: -self.keep]]:
+            self._remove(step)
+        self._damaged.clear()
+
+    def _remove(self, step: int) -> None:
+        # Unmark first: a removal that is killed half-way must not leave a folder that looks whole.
+        (self.path(step) / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(self.path(step), ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

@@ -168,7 +168,7 @@ def batch_loss(
     with torch.no_grad():
         elbo_N = token_weights(t_B, masked_BL, "elbo") if settings.weight != "elbo" else weights_N
         nelbo = denoising_loss(ce_N, elbo_N, float(num_eligible))
-        values = torch.stack([loss.detach().double(), nelbo.double(), ce_N.sum().double()]).tolist()
+        values = torch.stack([loss.detach(), nelbo, ce_N.sum().to(loss.dtype)]).tolist()
     return loss, {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(num_masked)}
 
 

@@ -23,7 +23,7 @@ class Metrics:
         self.num_steps = 0
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_steps": self.num_steps}
+        return {"sums": dict(self.sums), "num_steps": self.num_steps}
 
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Take up the sums of a checkpoint and forget lines that were written after it (their steps are run again)."""

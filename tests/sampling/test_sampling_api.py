@@ -69,12 +69,16 @@ def test_a_hook_may_mask_again():
             x_BL[:, -3:] = 23
         return x_BL
 
-    result = diffusion_generate(HashPredictor(), torch.tensor([[1]]), max_new_tokens=5, steps=3, alg="entropy", generation_tokens_hook_func=hook)
+    result = diffusion_generate(
+        HashPredictor(), torch.tensor([[1]]), max_new_tokens=5, steps=3, alg="entropy", generation_tokens_hook_func=hook
+    )
     assert 23 not in result[0].tolist()
 
 
 def test_history_and_dict():
-    output = diffusion_generate(HashPredictor(), *LEFT, max_new_tokens=4, steps=4, alg="entropy", output_history=True, return_dict_in_generate=True)
+    output = diffusion_generate(
+        HashPredictor(), *LEFT, max_new_tokens=4, steps=4, alg="entropy", output_history=True, return_dict_in_generate=True
+    )
     assert output.nfe == len(output.history) == 4
     assert torch.equal(output.history[-1], output.sequences)
     assert int((output.history[0] == 23).sum()) == 6
@@ -86,7 +90,8 @@ def test_text_after_the_end_becomes_padding():
 
 
 @pytest.mark.parametrize(
-    "option, hint", [({"temprature": 1}, "temperature"), ({"step": 3}, "steps"), ({"alg": "entropie"}, "entropy"), ({"max_new_tokens": 0}, "at least 1")]
+    "option, hint",
+    [({"temprature": 1}, "temperature"), ({"step": 3}, "steps"), ({"alg": "entropie"}, "entropy"), ({"max_new_tokens": 0}, "at least 1")],
 )
 def test_unknown_options_are_refused_with_the_nearest_name(option, hint):
     with pytest.raises(ValueError, match=hint):
@@ -99,7 +104,10 @@ def test_infill_fills_gaps_of_rows_of_different_length():
     assert [len(row) for row in filled] == [6, 3]
     for row, done in zip(rows, filled, strict=True):
         assert all(given is None or given == token for given, token in zip(row, done, strict=True)) and max(done) < 23
-    assert infill(HashPredictor(), rows[1:], alg="confidence", steps=3, row_keys=[1])[0] == infill(HashPredictor(), rows, alg="confidence", steps=3)[1]
+    assert (
+        infill(HashPredictor(), rows[1:], alg="confidence", steps=3, row_keys=[1])[0]
+        == infill(HashPredictor(), rows, alg="confidence", steps=3)[1]
+    )
     assert 1 not in infill(HashPredictor(favourite=1), [[2, None, None, 3]], eos_token_id=1)[0]
     with pytest.raises(ValueError, match="seed"):
         infill(HashPredictor(), rows, sead=1)

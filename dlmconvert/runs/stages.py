@@ -1,0 +1,318 @@
+"""The stages of a conversion. Each is a function of the run folder; heavy modules are imported when a stage runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dlmconvert.errors import UserError
+from dlmconvert.methods import METHODS
+from dlmconvert.recipe.schema import Method, Recipe, text_sources
+from dlmconvert.runs.folder import RunFolder
+from dlmconvert.runs.stage import Stage, StageContext
+
+AR = Method(name="ar", **METHODS["ar"].choices)
+
+
+# pretrain: a scratch model learns to predict the next token, before anything is converted
+
+
+def pretrain(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.rows import text_rows
+    from dlmconvert.runs.training import TrainingJob, run_training
+
+    folder = context.run.stage_folder("pretrain")
+    scratch = folder / "scratch"
+    if not (scratch / "config.json").is_file():
+        build_scratch(context, scratch)
+    assert context.recipe.pretrain is not None
+    stores, weights, held = text_rows(context, load_tokenizer(scratch), forbidden_id=None)
+    job = TrainingJob(
+        "pretrain", context.recipe.pretrain, AR, scratch, "ar", stores, weights, held, context.recipe.data.documents == "isolated", anneal=False
+    )
+    return run_training(context, job)
+
+
+def build_scratch(context: StageContext, folder: Path) -> None:
+    """A checkpoint folder with random weights and a tokenizer, from `source.scratch`."""
+    from dlmconvert.backbone.load import build_model, load_tokenizer, save_model_folder, scratch_config
+    from dlmconvert.backbone.scratch import train_tokenizer
+    from dlmconvert.data.sources import read_documents
+
+    source = context.recipe.source
+    assert source.scratch is not None
+    config = scratch_config(source.scratch)
+    vocab_size = config.get_text_config().vocab_size
+    if source.tokenizer:
+        tokenizer = load_tokenizer(source.tokenizer)
+    else:
+        if source.scratch_tokenizer == "bpe":
+            context.reporter.say(f"  training a byte-level BPE tokenizer of {vocab_size} tokens on data.train")
+        texts = (document.text for one in text_sources(context.recipe.data.train) for document in read_documents(one))
+        tokenizer = train_tokenizer(texts, vocab_size, source.scratch_tokenizer)
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"source.scratch.vocab_size={vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens", "", f"set source.scratch.vocab_size={len(tokenizer)}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.get_text_config(), name, getattr(tokenizer, name))
+    model = build_model(config, source.seed)
+    _replace_folder(folder, lambda temporary: save_model_folder(temporary, model, tokenizer, spec=None))
+
+
+# prepare: load, check, choose the mask token, probe, write source/
+
+
+def prepare(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.backbone.load import load_config, load_model, load_tokenizer, save_model_folder
+    from dlmconvert.backbone.mask_token import choose_mask_token, install_mask_token
+    from dlmconvert.backbone.rewrite import probe_family, rewrite_config
+    from dlmconvert.backbone.spec import DlmSpec
+
+    run, reporter, source = context.run, context.reporter, context.recipe.source
+    checkpoint, origin = _source_folder(context)
+    config = load_config(checkpoint, source.trust_remote_code)
+    probe_family(config, origin, source.trust_remote_code)
+    reporter.say(f"  {config.model_type}: attention follows every pattern that training will ask for (probed)")
+    for note in rewrite_config(config):
+        reporter.say(f"  {note}")
+    tokenizer = load_tokenizer(source.tokenizer or checkpoint, source.trust_remote_code)
+    model = load_model(checkpoint, config, "auto", source.trust_remote_code)
+    embedding_rows = model.get_input_embeddings().weight.shape[0]
+    choice = choose_mask_token(source.mask_token, tokenizer, embedding_rows, config.model_type)
+    install_mask_token(model, tokenizer, choice, source.mask_init, source.seed)
+    reporter.say(f"  mask token {choice.text!r}, id {choice.id}: {choice.reason}")
+    spec = DlmSpec(
+        alignment=context.recipe.method.alignment,
+        mask_token_id=choice.id,
+        mask_is_word=choice.is_word,
+        vocab_size=max(len(tokenizer), choice.id + 1),
+        method=context.recipe.method.name,
+        trained="ar",
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    _replace_folder(run.model_folder("prepare"), lambda temporary: save_model_folder(temporary, model, tokenizer, spec))
+    return {"origin": origin, "parameters": parameters, "mask_token_id": choice.id, "mask_token": choice.text, "mask_reason": choice.reason}
+
+
+def _source_folder(context: StageContext) -> tuple[Path, str]:
+    """(checkpoint folder, its name for people)."""
+    from dlmconvert.backbone.load import NotFound, resolve_checkpoint
+
+    run, source = context.run, context.recipe.source
+    if source.model is not None:
+        try:
+            return resolve_checkpoint(source.model, source.revision), source.model
+        except NotFound as error:
+            if source.if_missing != "scratch":
+                raise
+            context.reporter.warn(
+                f"  !!! {error.what}\n  !!! source.if_missing=scratch: going on with RANDOM WEIGHTS of the same architecture. "
+                "This checks that everything runs; the model that comes out knows nothing."
+            )
+    elif context.recipe.pretrain is not None:
+        return run.model_folder("pretrain"), f"the AR model trained in {run.stage_folder('pretrain')}"
+    folder = run.path / "scratch"
+    if not (folder / "config.json").is_file():
+        build_scratch(context, folder)
+    return folder, "random weights (source.scratch)"
+
+
+# adapt, sft: the conversion itself
+
+
+def adapt(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.rows import text_rows
+    from dlmconvert.runs.training import TrainingJob, run_training
+
+    run, recipe = context.run, context.recipe
+    source = run.model_folder("prepare")
+    tokenizer = load_tokenizer(source)
+    stores, weights, held = text_rows(context, tokenizer, _forbidden_id(run))
+    trained_as = "ar" if recipe.method.attention.pattern == "causal" else "adapt"
+    job = TrainingJob(
+        "adapt", recipe.train, recipe.method, source, trained_as, stores, weights, held, recipe.data.documents == "isolated"
+    )
+    facts = run_training(context, job)
+    if held is None:
+        context.reporter.warn("  data.validation=0: nothing is held out, so nothing is measured")
+        return facts
+    asked = [("AR NLL of the source", source, "causal"), ("NELBO before adaptation", source, "bidirectional")]
+    if trained_as == "ar":
+        asked = asked[:1] + [("AR NLL after training", run.model_folder("adapt"), "causal")]
+    else:
+        asked.append(("NELBO after adaptation", run.model_folder("adapt"), "bidirectional"))
+    return facts | {"measured": measure(context, asked, held)}
+
+
+def sft(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.rows import chat_rows
+    from dlmconvert.runs.training import TrainingJob, run_training
+
+    run, recipe = context.run, context.recipe
+    source = run.model_folder("adapt")
+    tokenizer = load_tokenizer(source)
+    train_rows, held = chat_rows(context, tokenizer, _forbidden_id(run))
+    job = TrainingJob("sft", recipe.sft, recipe.method, source, "sft", [train_rows], [1.0], held, isolated=False, anneal=False, tokenizer=tokenizer)
+    facts = run_training(context, job) | {name: value for name, value in train_rows.meta.items() if name.startswith("num_")}
+    if held is None:
+        return facts
+    asked = [
+        ("NELBO of held-out answers before sft", source, "bidirectional"),
+        ("NELBO of held-out answers after sft", run.model_folder("sft"), "bidirectional"),
+    ]
+    return facts | {"measured": measure(context, asked, held)}
+
+
+def _forbidden_id(run: RunFolder) -> int | None:
+    """The mask token's id, which text must not contain; None when it is an ordinary word."""
+    spec = json.loads((run.model_folder("prepare") / "config.json").read_text())["dlm"]
+    return None if spec["mask_is_word"] else spec["mask_token_id"]
+
+
+def measure(context: StageContext, asked: list[tuple[str, Path, str]], rows: Any) -> list[dict[str, Any]]:
+    """Likelihoods of several models on the same held-out rows: [{"what", "kind", "nats_per_token", ...}]."""
+    from dlmconvert.backbone.load import load_denoiser
+    from dlmconvert.evaluation.nelbo import measure_likelihood
+
+    evaluation, results = context.recipe.eval, []
+    num_rows = min(evaluation.rows, rows.num_rows)
+    total = sum(num_rows * (1 if attention == "causal" else evaluation.draws) for _, _, attention in asked)
+    with context.reporter.progress("measuring", total) as bar:
+        for what, folder, attention in asked:
+            denoiser = load_denoiser(folder, context.recipe.engine.device, attention=attention)
+            found = measure_likelihood(
+                denoiser, rows, num_rows=evaluation.rows, draws=evaluation.draws, batch=evaluation.batch, seed=evaluation.seed,
+                advance=lambda done, what=what: bar.advance(done, what),
+            )  # fmt: skip
+            results.append({"what": what, **found.to_dict()})
+    for result in results:
+        context.reporter.say(f"  {result['what']}: {result['nats_per_token']:.3f} +- {result['standard_error']:.3f} nats a token")
+    return results
+
+
+# export
+
+
+def export(context: StageContext) -> dict[str, Any]:
+    target = context.run.path / "export" / context.recipe.export.profile
+    if target.exists():
+        # Left by an export that this run has not recorded as finished: it is written again.
+        shutil.rmtree(target)
+    stage = exported_stage(context.run, context.recipe)
+    return export_model(context, context.run.model_folder(stage), target, stage)
+
+
+def exported_stage(run: RunFolder, recipe: Recipe) -> str:
+    """The stage whose model is exported: the named one, else the last that is finished."""
+    wanted = [recipe.export.stage] if recipe.export.stage else ["sft", "adapt"]
+    for stage in wanted:
+        if run.stage_state(stage).get("status") == "done":
+            return stage
+    raise UserError(f"{run.path} has no finished {' or '.join(wanted)} stage to export", "", f"dlmconvert status {run.name} says where it stands")
+
+
+def export_model(context: StageContext, model_folder: Path, target: Path, stage: str) -> dict[str, Any]:
+    """Write, verify in a fresh process, rename into place. Facts: where, which checks."""
+    from dlmconvert.exporting.card import CardFacts, Measured
+    from dlmconvert.exporting.package import export_folder
+
+    run, recipe = context.run, context.recipe
+    measured = []
+    for name in ("adapt", "sft"):
+        for row in run.stage_state(name).get("facts", {}).get("measured", []):
+            text = f"{row['rows']} held-out rows, {row['tokens']:,} tokens"
+            measured.append(Measured(row["what"], row["nats_per_token"], "nats a token", row["standard_error"], text))
+    training = {}
+    for name in ("pretrain", "adapt", "sft"):
+        facts = run.stage_state(name).get("facts", {})
+        if facts and (name != "sft" or stage == "sft"):
+            training |= {f"{name} steps": facts["steps"], f"{name} tokens seen": facts["tokens_seen"]}
+    origin = run.stage_state("prepare").get("facts", {}).get("origin", "unknown")
+    local = recipe.source.model is None or Path(recipe.source.model).expanduser().exists() or "random" in origin
+    facts = CardFacts(
+        name=f"{recipe.name}-dlm",
+        source=origin,
+        base_model=None if local else recipe.source.model,
+        recipe=recipe.model_dump(mode="json"),
+        training=training,
+        measured=measured,
+        example=("def area(width, height):\n", "\n    return result\n") if _is_code(recipe) else ("Once upon a time", "and they were happy."),
+    )
+    settings = recipe.export
+    report = export_folder(
+        model_folder,
+        target,
+        settings.profile,
+        card=facts,
+        generation={
+            "steps": settings.steps,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "alg": settings.order,
+        },
+        progress=lambda text: context.reporter.say(f"  {text}"),
+    )
+    context.reporter.say(f"  {target}: {len(report.files)} files, {report.num_bytes / 1e6:.1f} MB, verified in a fresh process")
+    return {"folder": str(target), "files": report.files, "checks": report.checks, "stage": stage}
+
+
+# report: what a person looks at in the end
+
+
+def show(context: StageContext) -> dict[str, Any]:
+    """One gap filled in by the source and by the converted model, and report.html."""
+    from dlmconvert.backbone.load import load_denoiser
+    from dlmconvert.evaluation.generation import continue_prefix, fill_gap, held_out_function
+    from dlmconvert.runs.report import write_report
+
+    run, recipe = context.run, context.recipe
+    facts: dict[str, Any] = {}
+    text = recipe.eval.infill
+    if text is not None:
+        stage = "adapt"
+        source = load_denoiser(run.model_folder("prepare"), recipe.engine.device, attention="causal")
+        converted = load_denoiser(run.model_folder(stage), recipe.engine.device)
+        if text == "builtin:python":
+            fraction = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
+            text = held_out_function(source.tokenizer, fraction, recipe.data.row_length)
+        if text is not None:
+            context.reporter.say("  filling one gap with the AR parent (sees the prefix) and the converted model (sees both sides)")
+            facts["infill"] = {"text": text, "source": continue_prefix(source, text), "converted": fill_gap(converted, text, recipe.eval.seed)}
+    run.update_stage("report", facts=facts)
+    write_report(run)
+    return facts
+
+
+def _is_code(recipe: Recipe) -> bool:
+    return any("python" in source.path or "code" in source.path for source in text_sources(recipe.data.train))
+
+
+def _replace_folder(folder: Path, write: Any) -> None:
+    """write(temporary), then rename: the folder is whole or not there."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+_TEXT = ("data.train", "data.validation", "data.row_length", "data.max_tokens", "data.documents")
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("pretrain", "train an AR model from scratch", ("source.scratch", "source.scratch_tokenizer", "source.tokenizer", "source.seed", "pretrain", *_TEXT, "engine"), lambda recipe: (), pretrain, ("pretrain/model",)),
+        Stage("prepare", "prepare the source model", ("source", "method.alignment"), lambda recipe: ("pretrain",) if recipe.pretrain is not None else (), prepare, ("source",)),
+        Stage("adapt", "adapt: autoregressive -> diffusion", ("source", "method", *_TEXT, "train", "engine"), lambda recipe: ("prepare",), adapt, ("adapt/model",)),
+        Stage("sft", "fine-tune on conversations", ("method", "data.row_length", "sft", "engine"), lambda recipe: ("adapt",), sft, ("sft/model",)),
+        Stage("export", "export", ("export",), lambda recipe: ("sft",) if "sft" in recipe.stages and recipe.export.stage != "adapt" else ("adapt",), export, ("export",)),
+        Stage("report", "report", (), lambda recipe: tuple(recipe.stages), show, ("report.html",)),
+    )
+}  # fmt: skip

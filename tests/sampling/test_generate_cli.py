@@ -1,0 +1,134 @@
+"""`sample` and `infill` as a user types them, on a two-layer model on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from dlmconvert.backbone.load import save_model_folder
+from dlmconvert.backbone.spec import DlmSpec
+from dlmconvert.cli import generate
+from dlmconvert.errors import UserError
+
+app = typer.Typer()
+app.command()(generate.sample)
+app.command()(generate.infill)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate([*letters, "<end>", "<mask>"])}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", mask_token="<mask>")
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=256)
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    save_model_folder(folder, GPT2LMHeadModel(config), tokenizer, DlmSpec(mask_token_id=257, vocab_size=258))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"steps": 4, "max_new_tokens": 6, "temperature": 0.0, "alg": "maskgit_plus", "eos_token_id": 256})
+    )
+    return folder
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result
+
+
+def samples(*arguments):
+    return [json.loads(line) for line in run(*arguments, "--json").stdout.splitlines()]
+
+
+def test_defaults_come_from_the_folder_and_flags_override(model_folder):
+    (result,) = samples("sample", model_folder, "--prompt", "ab")
+    assert result["num_tokens"] == 6 and result["nfe"] == 4 and result["text"].startswith("ab")
+    (result,) = samples("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 5, "--steps", 2, "--order", "entropy")
+    assert result["num_tokens"] == 5 and result["nfe"] == 2
+
+
+def test_no_prompt_is_an_empty_prompt(model_folder):
+    (result,) = samples("sample", model_folder)
+    assert result["prompt"] == "" and result["text"] == "".join(result["generated"])
+
+
+def test_prompts_of_different_length_give_what_they_give_alone(model_folder, tmp_path):
+    (tmp_path / "p.txt").write_text("abc def ghi\n\nx\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc def ghi"}\n{"prompt": "x"}\n')
+    how = ("--temperature", 1, "--seed", 5, "--num-samples", 2)
+    together = samples("sample", model_folder, "--prompts-file", tmp_path / "p.txt", *how)
+    assert [r["prompt"] for r in together] == ["abc def ghi", "abc def ghi", "x", "x"]
+    assert [r["text"] for r in together] == [
+        r["text"] for r in samples("sample", model_folder, "--prompts-file", tmp_path / "p.jsonl", *how)
+    ]
+    alone = samples("sample", model_folder, "--prompt", "x", *how)
+    assert [r["text"] for r in alone] == [r["text"] for r in together[2:]]
+    assert alone[0]["text"] != alone[1]["text"]
+    assert samples("sample", model_folder, "--prompt", "x", "--temperature", 1, "--seed", 6)[0]["text"] != alone[0]["text"]
+
+
+def test_infill_keeps_what_was_given(model_folder):
+    (result,) = samples("infill", model_folder, "def f(x):[[MASK:6]]    return [[MASK:2]]y")
+    assert re.fullmatch(r"def f\(x\):(.*)    return (.*)y", result["text"], re.DOTALL).groups() == tuple(result["generated"])
+    assert result["num_tokens"] == 8
+    assert run("infill", model_folder, "--prompt", "a[[MASK:2]]b").stdout.strip()
+
+
+def test_trace_lines_and_page(model_folder, tmp_path):
+    page = tmp_path / "trace.html"
+    result = run("infill", model_folder, "</script><b>[[MASK:5]]&", "--trace", "--trace-html", page, "--order", "margin")
+    assert "step 1/4, 1 forwards" in result.stderr and "0 masked" in result.stderr
+    text = page.read_text()
+    assert text.count("</script>") == 2 and "http" not in text
+    data = json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    (row,) = data["rows"]
+    settled = [event for _, _, events in row["settled"] for event in events]
+    assert data["numSteps"] == 4 and [given for _, given in row["cells"]].count(False) == len(settled) == 5
+    assert sorted(place for place, _, _ in settled) == [at for at, (_, given) in enumerate(row["cells"]) if not given]
+    assert all(0 < confidence <= 1 for _, _, confidence in settled)
+    with pytest.raises(UserError, match="exists"):
+        run("sample", model_folder, "--trace-html", page)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("sample", "--order", "entropie"), "entropy"),
+        (("sample", "--prompts-file", "nowhere.txt"), "nowhere.txt"),
+        (("sample", "--max-new-tokens", "100"), "64"),
+        (("sample", "--top-p", "2"), "top_p"),
+        (("infill",), "no text"),
+        (("infill", "a[[MASK:b]]"), "character 2"),
+        (("infill", "plain"), "no gap"),
+    ],
+)
+def test_wrong_input_is_named(model_folder, arguments, message):
+    verb, *rest = arguments
+    with pytest.raises(UserError) as error:
+        run(verb, model_folder, *rest)
+    assert message in str(error.value)
+
+
+def test_infill_without_model_means_the_latest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run"):
+        run("infill", "a[[MASK:3]]b")
+
+
+def test_order_names_are_those_of_the_sampler():
+    from dlmconvert.sampling.api import ALGORITHMS
+    from dlmconvert.sampling.order import ORDERS
+
+    assert generate._ORDERS == ORDERS
+    assert {**{name: name for name in ORDERS}, **generate._ORDER_OF_ALG} == ALGORITHMS
