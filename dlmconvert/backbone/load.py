@@ -198,12 +198,16 @@ def load_denoiser(
 ) -> Denoiser:
     """A converted model folder as a Denoiser in eval mode.
 
-    attention: overrides the pattern of the spec (an evaluation that is always fully bidirectional, say). The folder may also be
-    an export of ours: its weights carry the source's names, and its own code is not needed here.
+    attention: overrides the pattern of the spec (an evaluation that is always fully bidirectional, say). `causal` reads the model as
+    the AR model that it was or is, aligned by shift; an ordinary AR checkpoint will do then. The folder may also be an export of
+    ours: its weights carry the source's names, and its own code is not needed here.
     """
     folder = Path(folder)
-    config = _source_config(folder, trust_remote_code)
-    spec = spec_from_config(config, str(folder))
+    config = source_config(folder, trust_remote_code)
+    if attention == "causal" and getattr(config, "dlm", None) is None:
+        spec = DlmSpec(vocab_size=config.get_text_config().vocab_size)
+    else:
+        spec = spec_from_config(config, str(folder))
     for name in ("dlm", "is_causal"):
         if hasattr(config, name):
             delattr(config, name)
@@ -211,11 +215,11 @@ def load_denoiser(
     model = load_model(folder, config, dtype, trust_remote_code)
     model.to(pick_device(device)).eval()
     if attention is not None:
-        spec = replace(spec, attention=attention)
+        spec = replace(spec, attention=attention, alignment="shift" if attention == "causal" else spec.alignment)
     return Denoiser(model, spec, load_tokenizer(folder)).eval()
 
 
-def _source_config(folder: Path, trust_remote_code: bool) -> Any:
+def source_config(folder: Path, trust_remote_code: bool) -> Any:
     """The folder's config; for an export with its own model type, that of the source's family."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json", "", "name a run folder, a stage's model folder, or an export")

@@ -8,7 +8,7 @@ Shapes: B rows, L positions; masks are (B or 1, 1, L, L), query before key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,13 +23,14 @@ class AttentionContext:
 
     open_ratio: share of the non-causal pairs that is open; 0 is causal attention, 1 fully bidirectional.
     seed, step: key of the drawn pairs; one draw a step, shared by rows, heads and layers (arXiv 2410.17891, section 3.2).
+        These three are numbers; only a compiled kernel sees them as tensors of no dimension.
     segments_BL: document number of each position, or None when all positions of a row belong together. Padding is a
         document of its own, so a padding query keeps itself as a key and softmax stays finite.
     """
 
-    open_ratio: float = 1.0
-    seed: int = 0
-    step: int = 0
+    open_ratio: float | torch.Tensor = 1.0
+    seed: int | torch.Tensor = 0
+    step: int | torch.Tensor = 0
     segments_BL: torch.Tensor | None = None
 
 
@@ -44,10 +45,11 @@ def pair_open(query: torch.Tensor, key: torch.Tensor, context: AttentionContext)
     no L x L matrix is stored or sent, and every rank and backend draws the same pairs.
     """
     causal = key <= query
-    if context.open_ratio <= 0:
-        return causal
-    if context.open_ratio >= 1:
-        return causal | (key > query)
+    if isinstance(context.open_ratio, float):  # shortcuts; the draw is in [0, 1), so the rule below says the same
+        if context.open_ratio <= 0:
+            return causal
+        if context.open_ratio >= 1:
+            return causal | (key > query)
     return causal | (counter_uniform(ATTENTION_PAIR, context.seed, context.step, query, key) < context.open_ratio)
 
 
@@ -105,8 +107,15 @@ def _block_mask(context: AttentionContext, length: int, device: torch.device | s
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows = None if context.segments_BL is None else context.segments_BL.shape[0]
+    # Tensors in place of numbers: the kernel is compiled once, not once a step.
+    traced = replace(
+        context,
+        open_ratio=torch.tensor(context.open_ratio, dtype=torch.float32 if torch.device(device).type == "mps" else torch.float64, device=device),
+        seed=torch.tensor(context.seed, device=device),
+        step=torch.tensor(context.step, device=device),
+    )
 
     def mask_mod(batch, head, query, key):
-        return allowed(batch, query, key, context)
+        return allowed(batch, query, key, traced)
 
     return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device)

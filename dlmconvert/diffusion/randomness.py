@@ -15,6 +15,7 @@ import torch
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_ONES = 0xFFFFFFFFFFFFFFFF
 
 # What a draw is for. The first key of every stream, so that two uses of one (seed, step) never share draws.
 NOISE_LEVEL, MASK, ATTENTION_PAIR, ROW_ORDER, SAMPLE_TOKEN, SAMPLE_ORDER, LIKELIHOOD, SOURCE_CHOICE = range(1, 9)
@@ -31,21 +32,31 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mix_integer(x: int) -> int:
+    """`_mix(x + golden)` of a Python integer, as a signed 64-bit one."""
+    x = (x + _GOLDEN) & _ONES
+    x = ((x ^ (x >> 30)) * _MIX_1) & _ONES
+    x = ((x ^ (x >> 27)) * _MIX_2) & _ONES
+    return _signed(x ^ (x >> 31))
+
+
 def counter_hash(*keys: int | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """64 random bits (int64) for each element of the broadcast keys.
 
     keys: integers or integer tensors that broadcast against each other.
-    device: where scalar keys are put when no key is a tensor.
+    device: where the result is put when no key is a tensor.
+
+    Integers are mixed as integers: a FlexAttention predicate may not make tensors of its own.
     """
+    state: int | torch.Tensor = 0
     for key in keys:
         if isinstance(key, torch.Tensor):
-            device = key.device
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for key in keys:
-        if not isinstance(key, torch.Tensor):
-            key = torch.tensor(_signed(key), dtype=torch.int64, device=device)
-        state = _mix((state ^ key.to(torch.int64)) + _GOLDEN)
-    return state
+            state = _mix((key.to(torch.int64) ^ state) + _GOLDEN)
+        elif isinstance(state, torch.Tensor):
+            state = _mix((state ^ _signed(key)) + _GOLDEN)
+        else:
+            state = _mix_integer(state ^ key)
+    return state if isinstance(state, torch.Tensor) else torch.tensor(state, dtype=torch.int64, device=device)
 
 
 def counter_uniform(*keys: int | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
@@ -77,5 +88,5 @@ def permutation(num_items: int, *keys: int) -> torch.Tensor:
 
 
 def _signed(key: int) -> int:
-    key = int(key) & 0xFFFFFFFFFFFFFFFF
+    key = int(key) & _ONES
     return key - (1 << 64) if key >= 1 << 63 else key

@@ -107,6 +107,8 @@ def memory_of(
 
     casts = 2 * shape.matrix_parameters if c == 2 else 0
     casts_late = 2 * ((shape.matrix_parameters - head) // shape.num_layers + head) if c == 2 and gradient_checkpointing else casts
+    if not shape.embedding_trained:  # autocast remembers casts of trained weights only, until the forward ends
+        casts = casts_late
     head_gradient = FLOAT * head if shape.embedding_trained else 0
     working = tokens * max(3 * c * shape.feed_forward, 6 * FLOAT * shape.hidden)  # gradients inside one layer while it is walked back
 

@@ -286,8 +286,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     shape = plan.architecture
     defaults = flat(Recipe.model_construct().model_dump(mode="json"))
     for key, value in flat(plan.resolved).items():
-        if value != defaults.get(key) and key != "source.scratch":
-            yield "recipe", key, json.dumps(value)
+        unused = key == "source.scratch" or (key.startswith("sft.") and "sft" not in plan.resolved["stages"])
+        if value != defaults.get(key) and not unused:
+            yield "recipe", key, f"{value:g}" if isinstance(value, float) else json.dumps(value)
     yield "model", "shapes from", plan.config_from
     yield "model", "parameters", f"{count(shape.num_parameters)} ({shape.family}, {shape.num_layers} layers, {shape.vocab_size:,} rows{', tied' if shape.is_tied else ''})"
     yield "data", "unique tokens", f"{count(plan.unique_tokens)} ({plan.unique_tokens_from})" if plan.unique_tokens else f"unknown ({plan.unique_tokens_from})"

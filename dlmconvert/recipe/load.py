@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,27 @@ def _read(what: str) -> dict[str, Any]:
     if path.is_dir() or "/" in what:
         values = parse_yaml(recipe_text("default"), "default")
         values["name"] = path.resolve().name if path.is_dir() else what.rsplit("/", 1)[-1]
-        values.setdefault("source", {})["model"] = str(path.resolve()) if path.is_dir() else what
+        values.setdefault("source", {})["model"] = what
+        longest = _positions(path / "config.json")
+        data = values.setdefault("data", {})
+        if longest is not None and longest < data.get("row_length", longest):
+            data["row_length"] = longest
         return values
     raise UserError(
         f"{what!r} is neither a recipe, nor a recipe file, nor a checkpoint folder",
         nearest(what, recipe_names()),
         "dlmconvert recipes lists the recipes; a Hub model has its owner in front, as in openai-community/gpt2",
     )
+
+
+def _positions(config: Path) -> int | None:
+    """The longest row of a checkpoint folder, from its config.json; None when it does not say."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = [values[name] for name in ("max_position_embeddings", "n_positions") if isinstance(values.get(name), int)]
+    return found[0] if found else None
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

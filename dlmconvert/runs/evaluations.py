@@ -52,12 +52,12 @@ def evaluate_model(
 
 
 def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, reporter: Reporter, device: str) -> list[dict[str, Any]]:
-    from dlmconvert.backbone.load import load_ar_model, load_denoiser
+    from dlmconvert.backbone.load import load_denoiser
     from dlmconvert.evaluation.nelbo import measure_likelihood
 
     results = []
     for what, folder, attention in asked:
-        denoiser = load_denoiser(folder, device) if attention is None else load_ar_model(folder, device)
+        denoiser = load_denoiser(folder, device, attention=attention)
         if denoiser.tokenizer is not None and denoiser.tokenizer.get_vocab().items() - tokenizer.get_vocab().items() - _own_tokens(denoiser.tokenizer):
             raise UserError(f"{folder} has another tokenizer than the model", "likelihoods of other tokens cannot be compared", "score it by itself")
         if denoiser.spec.attention == "causal":
@@ -97,7 +97,7 @@ def _rows_of_text(data: str, tokenizer: Any, row_length: int, cache: Path) -> An
 def _row_length(location: ModelLocation) -> int:
     if location.run is not None:
         return location.run.recipe().data.row_length
-    from dlmconvert.backbone.load import load_config, source_view
+    from dlmconvert.backbone.load import source_config
 
-    longest = getattr(load_config(source_view(location.path)).get_text_config(), "max_position_embeddings", None)
+    longest = getattr(source_config(location.path).get_text_config(), "max_position_embeddings", None)
     return min(512, longest or 512)

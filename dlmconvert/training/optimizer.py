@@ -36,9 +36,11 @@ def make_adamw(model: nn.Module, *, betas: tuple[float, float], eps: float, weig
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed, kept = [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else kept).append(parameter)
+            # peft keeps the trained embedding rows (the mask token's) outside of the embedding, whole.
+            is_embedding = id(parameter) in embeddings or "trainable_tokens" in name
+            (decayed if parameter.ndim >= 2 and not is_embedding else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     # The fused kernel exists for these devices; it is the same arithmetic in one pass over memory.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")

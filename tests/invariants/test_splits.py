@@ -61,7 +61,7 @@ def test_two_ranks_of_four_sum_to_one_of_eight():
 def test_one_curve(tmp_path):
     curves = {}
     for micro_batch in (1, 2, 8):
-        # Plain momentum-free steps would hide nothing; AdamW's first steps divide by tiny second moments, so eps is larger here.
+        # AdamW's first steps divide by second moments near 0, which blows up the last bits: hence the larger eps.
         _, curves[micro_batch] = run(tmp_path / str(micro_batch), dataclasses.replace(SETTINGS, micro_batch=micro_batch), make_engine(eps=1e-4))
     for name in ("loss", "nelbo", "cross_entropy", "masked_fraction", "gradient_norm"):
         reference = [line[name] for line in curves[8]]
@@ -74,7 +74,7 @@ def test_the_published_normaliser_has_no_such_curve(tmp_path):
     curves = [
         run(tmp_path / str(m), dataclasses.replace(SETTINGS, micro_batch=m, normaliser="masked_micro_batch", steps=2))[1] for m in (1, 8)
     ]  # fmt: skip
-    assert curves[0][0]["loss"] != pytest.approx(curves[1][0]["loss"], rel=1e-2)
+    assert curves[0][0]["loss"] != pytest.approx(curves[1][0]["loss"], rel=1e-3)
     assert curves[0][0]["nelbo"] == pytest.approx(curves[1][0]["nelbo"], rel=1e-5)  # what is logged beside it does
 
 
