@@ -40,5 +40,5 @@ def evaluate(
     for row in results:
         bound = "<= " if row["kind"] == "nelbo" else ""
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        table.add_row(row["what"], f"{bound}{row['nats_per_token']:.4f}", f"{row['standard_error']:.4f}", bits, f"{row['tokens']:,}", str(row["draws"]))
+        table.add_row(row["what"], f"{bound}{row['nats_per_token']:.4f}", "" if row["standard_error"] is None else f"{row['standard_error']:.4f}", bits, f"{row['tokens']:,}", str(row["draws"]))
     out(table)

@@ -31,13 +31,13 @@ class RowSource(Protocol):
 class Likelihood:
     """kind: `nelbo` (an upper bound on -log p) or `nll` (exact).
 
-    nats_per_token, standard_error: over `tokens` scored tokens of `rows` rows, rows as the independent units.
+    nats_per_token, standard_error: over `tokens` scored tokens of `rows` rows, rows as the independent units (None for one row).
     bits_per_byte: nats / ln 2 over the UTF-8 bytes of the scored tokens' text; None without a tokenizer.
     """
 
     kind: str
     nats_per_token: float
-    standard_error: float
+    standard_error: float | None
     bits_per_byte: float | None
     rows: int
     tokens: int
@@ -100,7 +100,7 @@ def measure_likelihood(
     return Likelihood(
         kind="nll" if causal else "nelbo",
         nats_per_token=mean,
-        standard_error=error,
+        standard_error=None if math.isnan(error) else error,
         bits_per_byte=float(nats_B.sum()) / math.log(2) / num_bytes if num_bytes else None,
         rows=num_rows,
         tokens=int(tokens_B.sum()),

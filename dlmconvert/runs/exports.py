@@ -55,7 +55,7 @@ def _export_checkpoint(context: StageContext, checkpoint: str, target: Path) -> 
     folder = run.path / "export" / f".model-{wanted}"
     try:
         consolidate(context, stage, int(step), folder)
-        export_model(context, folder, target, stage)
+        export_model(context, folder, target, stage, int(step))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -66,6 +66,8 @@ def measured_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 def result_text(run: RunFolder) -> str:
     """The end of a command: numbers, one filled gap, where things lie."""
+    from dlmconvert.runs.stages import nats_text
+
     lines = [""]
     rows = measured_rows(run)
     if rows:
@@ -73,7 +75,7 @@ def result_text(run: RunFolder) -> str:
         for row in rows:
             bits = f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] is not None else ""
             bound = "<= " if row["kind"] == "nelbo" else "   "
-            lines.append(f"  {row['what']:40} {bound}{row['nats_per_token']:.3f} +- {row['standard_error']:.3f}   {bits}")
+            lines.append(f"  {row['what']:40} {bound}{nats_text(row)}   {bits}")
     example = run.stage_state("report").get("facts", {}).get("infill")
     if example:
         lines += ["", *infill_lines(example)]
@@ -92,9 +94,10 @@ def infill_lines(example: dict[str, str]) -> list[str]:
 
 
 def _models(run: RunFolder) -> list[Path]:
-    exported = run.stage_state("export").get("facts", {}).get("folder")
-    if exported and Path(exported).is_dir():
-        return [Path(exported)]
+    exported = run.stage_state("export").get("facts", {})
+    newest = "sft" if run.stage_state("sft").get("status") == "done" else "adapt"
+    if exported.get("stage") == newest and Path(exported["folder"]).is_dir():
+        return [Path(exported["folder"])]
     return [p for p in (run.model_folder("sft"), run.model_folder("adapt")) if p.is_dir()][:1]
 
 

@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 <p>NELBO is an upper bound on the negative log-likelihood; NLL is exact. Both on the same tokens, with fixed noise.</p>
 <table><tr><th></th><th>nats a token</th><th>standard error</th><th>bits a byte</th><th>tokens</th><th>draws</th></tr>
 {% for row in measured %}<tr><td>{{ row.what }}</td><td class="n">{{ "&le; "|safe if row.kind == "nelbo" }}{{ "%.4f"|format(row.nats_per_token) }}</td>
-<td class="n">{{ "%.4f"|format(row.standard_error) }}</td><td class="n">{{ "%.4f"|format(row.bits_per_byte) if row.bits_per_byte is not none }}</td>
+<td class="n">{{ "%.4f"|format(row.standard_error) if row.standard_error is not none }}</td><td class="n">{{ "%.4f"|format(row.bits_per_byte) if row.bits_per_byte is not none }}</td>
 <td class="n">{{ "{:,}".format(row.tokens) }}</td><td class="n">{{ row.draws }}</td></tr>{% endfor %}</table>{% endif %}
 {% if example %}<h2>One gap, filled in</h2><pre>{{ example }}</pre>{% endif %}
 {% for title, image in plots %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}

@@ -98,7 +98,7 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
     stages = order_of(targets, recipe)
     recipe = combine(run, recipe, stages, overrides or [])
     refuse_drift(run, recipe, stages)
-    if all(stage.finished(run) for stage in stages):
+    if all(stage.finished(run, recipe) for stage in stages):
         return False
     run.hold()
     try:
@@ -111,7 +111,7 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
         with signals_set(stop):
             context = StageContext(run, recipe, reporter, stop)
             for number, stage in enumerate(stages, 1):
-                if stage.finished(run):
+                if stage.finished(run, recipe):
                     reporter.say(f"[{number}/{len(stages)}] {stage.title}: done before")
                     continue
                 reporter.say(f"[{number}/{len(stages)}] {stage.title}")

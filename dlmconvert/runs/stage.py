@@ -51,7 +51,7 @@ class StageContext:
 class Stage:
     """reads: sections or keys of the recipe that its numbers depend on (changes of them are refused once it has started).
     needs: stages that come first. work: does it; called again after an interruption, it continues. outputs: paths in the run folder
-    that exist when it is finished.
+    that exist when it is finished. is_current: whether what it made is still what it would make (an export before a fine-tuning is not).
     """
 
     name: str
@@ -60,6 +60,7 @@ class Stage:
     needs: Callable[[Recipe], tuple[str, ...]]
     work: Callable[[StageContext], dict[str, Any]]
     outputs: tuple[str, ...]
+    is_current: Callable[[RunFolder, Recipe], bool] = lambda run, recipe: True
 
     def keys(self, recipe: Recipe) -> dict[str, Any]:
         """The flat keys that this stage reads, with their values."""
@@ -71,5 +72,6 @@ class Stage:
             if key not in safe and any(key == name or key.startswith(name + ".") for name in self.reads)
         }
 
-    def finished(self, run: RunFolder) -> bool:
-        return run.stage_state(self.name).get("status") == "done" and all((run.path / output).exists() for output in self.outputs)
+    def finished(self, run: RunFolder, recipe: Recipe) -> bool:
+        done = run.stage_state(self.name).get("status") == "done" and all((run.path / output).exists() for output in self.outputs)
+        return done and self.is_current(run, recipe)

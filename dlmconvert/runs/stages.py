@@ -174,6 +174,12 @@ def _forbidden_id(run: RunFolder) -> int | None:
     return None if spec["mask_is_word"] else spec["mask_token_id"]
 
 
+def nats_text(measured: dict[str, Any]) -> str:
+    """1.495 +- 0.037; without the error when one row gives none."""
+    error = measured["standard_error"]
+    return f"{measured['nats_per_token']:.3f}" + (f" +- {error:.3f}" if error is not None else "")
+
+
 def measure(context: StageContext, asked: list[tuple[str, Path, str]], rows: Any) -> list[dict[str, Any]]:
     """Likelihoods of several models on the same held-out rows: [{"what", "kind", "nats_per_token", ...}]."""
     from dlmconvert.backbone.load import load_denoiser
@@ -191,7 +197,7 @@ def measure(context: StageContext, asked: list[tuple[str, Path, str]], rows: Any
             )  # fmt: skip
             results.append({"what": what, **found.to_dict()})
     for result in results:
-        context.reporter.say(f"  {result['what']}: {result['nats_per_token']:.3f} +- {result['standard_error']:.3f} nats a token")
+        context.reporter.say(f"  {result['what']}: {nats_text(result)} nats a token")
     return results
 
 
@@ -200,11 +206,29 @@ def measure(context: StageContext, asked: list[tuple[str, Path, str]], rows: Any
 
 def export(context: StageContext) -> dict[str, Any]:
     target = context.run.path / "export" / context.recipe.export.profile
+    before = context.run.stage_state("export").get("facts", {}).get("stage")
     if target.exists():
-        # Left by an export that this run has not recorded as finished: it is written again.
-        shutil.rmtree(target)
+        # The export of an earlier stage is kept beside; anything else is what an unfinished export left.
+        if before is not None:
+            os.rename(target, _free(target.with_name(f"{target.name}-{before}")))
+        else:
+            shutil.rmtree(target)
+    context.run.update_stage("export", facts={})
     stage = exported_stage(context.run, context.recipe)
     return export_model(context, context.run.model_folder(stage), target, stage)
+
+
+def _free(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
+def exports_newest(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether the finished export is of the stage that would be exported now."""
+    return run.stage_state("export").get("facts", {}).get("stage") == exported_stage(run, recipe)
 
 
 def exported_stage(run: RunFolder, recipe: Recipe) -> str:
@@ -216,21 +240,29 @@ def exported_stage(run: RunFolder, recipe: Recipe) -> str:
     raise UserError(f"{run.path} has no finished {' or '.join(wanted)} stage to export", "", f"dlmconvert status {run.name} says where it stands")
 
 
-def export_model(context: StageContext, model_folder: Path, target: Path, stage: str) -> dict[str, Any]:
-    """Write, verify in a fresh process, rename into place. Facts: where, which checks."""
+def export_model(context: StageContext, model_folder: Path, target: Path, stage: str, step: int | None = None) -> dict[str, Any]:
+    """Write, verify in a fresh process, rename into place. Facts: where, which checks.
+
+    step: of the checkpoint that is exported in place of the finished stage; what was measured of the finished model is then left out.
+    """
     from dlmconvert.exporting.card import CardFacts, Measured
     from dlmconvert.exporting.package import export_folder
 
     run, recipe = context.run, context.recipe
     measured = []
-    for name in ("adapt", "sft"):
+    stages = ("pretrain", "adapt", "sft") if stage == "sft" else ("pretrain", "adapt")
+    for name in stages:
         for row in run.stage_state(name).get("facts", {}).get("measured", []):
+            if step is not None and name == stage and " after " in row["what"]:
+                continue
             text = f"{row['rows']} held-out rows, {row['tokens']:,} tokens"
             measured.append(Measured(row["what"], row["nats_per_token"], "nats a token", row["standard_error"], text))
     training = {}
-    for name in ("pretrain", "adapt", "sft"):
+    for name in stages:
         facts = run.stage_state(name).get("facts", {})
-        if facts and (name != "sft" or stage == "sft"):
+        if step is not None and name == stage:
+            training[f"{name} steps"] = f"{step} (a checkpoint before the end)"
+        elif facts:
             training |= {f"{name} steps": facts["steps"], f"{name} tokens seen": facts["tokens_seen"]}
     origin = run.stage_state("prepare").get("facts", {}).get("origin", "unknown")
     local = recipe.source.model is None or Path(recipe.source.model).expanduser().exists() or "random" in origin
@@ -312,7 +344,7 @@ STAGES = {
         Stage("prepare", "prepare the source model", ("source", "method.alignment"), lambda recipe: ("pretrain",) if recipe.pretrain is not None else (), prepare, ("source",)),
         Stage("adapt", "adapt: autoregressive -> diffusion", ("source", "method", *_TEXT, "train", "engine"), lambda recipe: ("prepare",), adapt, ("adapt/model",)),
         Stage("sft", "fine-tune on conversations", ("method", "data.row_length", "sft", "engine"), lambda recipe: ("adapt",), sft, ("sft/model",)),
-        Stage("export", "export", ("export",), lambda recipe: ("sft",) if "sft" in recipe.stages and recipe.export.stage != "adapt" else ("adapt",), export, ("export",)),
+        Stage("export", "export", ("export",), lambda recipe: ("sft",) if "sft" in recipe.stages and recipe.export.stage != "adapt" else ("adapt",), export, ("export",), exports_newest),
         Stage("report", "report", (), lambda recipe: tuple(recipe.stages), show, ("report.html",)),
     )
 }  # fmt: skip
