@@ -33,6 +33,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+import warnings  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -51,6 +52,8 @@ from dlmconvert.diffusion.corruption import mask_tokens  # noqa: E402
 from dlmconvert.training.engine import SingleDeviceEngine  # noqa: E402
 from dlmconvert.training.loop import LoopSettings, batch_loss  # noqa: E402
 from dlmconvert.training.optimizer import make_adamw  # noqa: E402
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers is about to change
 
 VOCABULARY = 50257
 MASK_TOKEN_ID = 10541  # an existing word piece, as in DiffuGPT-S
@@ -240,6 +243,13 @@ def peak_of(step: Step) -> int:
     return peak
 
 
+def peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent process held when it started this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
+
+
 def measure_memory(variant: str, precision: str, is_checkpointed: bool, num_layers: int, num_rows: int, length: int) -> dict[str, int]:
     """In a process of its own: {step, standing, resident} in bytes."""
     batch = half_masked_batch(num_rows, length)
@@ -260,8 +270,7 @@ def measure_memory(variant: str, precision: str, is_checkpointed: bool, num_laye
     step()  # makes the moments of AdamW
     step()
     gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident = peak if sys.platform == "darwin" else peak * 1024
+    resident = peak_resident_bytes()
     standing = sum(p.numel() * p.element_size() for p in model.parameters()) * 3  # weights and two moments, all float32
     return {"step": peak_of(step), "standing": standing, "resident": resident}
 
@@ -277,7 +286,9 @@ def compare_memory(arguments: argparse.Namespace) -> None:
             for variant in ("dlmconvert", "reference", "annealed"):
                 job = ["--memory-of", variant, "--precision", precision, "--checkpointing", "on" if is_checkpointed else "off"]
                 size = ["--layers", str(arguments.layers), "--rows", str(arguments.rows), "--length", str(arguments.length)]
-                done = subprocess.run([sys.executable, __file__, *job, *size], stdout=subprocess.PIPE, check=True, text=True)
+                done = subprocess.run([sys.executable, __file__, *job, *size], capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{variant}, {precision} failed ({done.returncode}):\n{done.stderr}")
                 found[variant] = json.loads(done.stdout.splitlines()[-1])
                 name = "dlmconvert, annealed" if variant == "annealed" else variant
                 row = found[variant]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.hub import hub_reachable
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
 from dlmconvert.errors import UserError, nearest
@@ -44,6 +45,13 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError, OSError):
         pass
+    unreachable = NotFound(
+        f"{name!r} is neither a folder here nor in the local cache, and the Hub cannot be reached",
+        "",
+        "download it where there is a network (hf download NAME), then give the folder: source.model=FOLDER",
+    )
+    if not hub_reachable():
+        raise unreachable
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED))
     except RepositoryNotFoundError as error:
@@ -51,11 +59,8 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
     except RevisionNotFoundError as error:
         raise NotFound(f"{name} has no revision {revision!r}", "", "leave source.revision out for the default branch") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, ConnectionError) as error:
-        raise NotFound(
-            f"{name!r} is neither a folder here nor in the local cache, and the Hub cannot be reached",
-            str(error).splitlines()[0][:200],
-            "download it where there is a network (hf download NAME), then give the folder: source.model=FOLDER",
-        ) from error
+        unreachable.why = str(error).splitlines()[0][:200]
+        raise unreachable from error
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -54,12 +55,14 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What our libraries will change in their next versions is no news for a user of this one.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
 def guarded(call) -> int:
     """Call a command; return the exit code of what happened, having told the user."""
-    import click
+    import errno
 
     from dlmconvert.cli.console import console, show_error
     from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, EXIT_WRONG_INPUT, Interrupted, SavedAndLeft, UserError
@@ -75,13 +78,10 @@ def guarded(call) -> int:
     except SavedAndLeft as left:
         show_error(f"{left.signal_name}: saved at step {left.step} and left", "", "the same command continues there")
         return EXIT_SAVED_RUN_AGAIN
-    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort):
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
         show_error("interrupted", "finished stages and checkpoints stand", "the same command continues")
         return EXIT_SAVED_RUN_AGAIN
-    except click.exceptions.ClickException as error:
-        show_error(error.format_message(), "", "add --help to see how the command is used")
-        return EXIT_WRONG_INPUT
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -89,9 +89,15 @@ def guarded(call) -> int:
         show_error("out of memory", "", "lower micro_batch or data.row_length, or set gradient_checkpointing=true")
         return EXIT_FAILED
     except Exception as error:
+        if hasattr(error, "format_message"):  # click's own, of which typer may carry a copy
+            if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
+                show_error(error.format_message(), "", "add --help to see how the command is used")
+            return EXIT_WRONG_INPUT
         if os.environ.get("DLMCONVERT_DEBUG"):
             console.print_exception()
-        if "out of memory" in str(error).lower():
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            show_error(f"the disk is full: {error}", "finished stages and checkpoints stand", "free some space and run the same command again")
+        elif "out of memory" in str(error).lower():
             show_error("out of memory", str(error).splitlines()[0], "lower micro_batch or data.row_length, or set gradient_checkpointing=true")
         else:
             show_error(f"{type(error).__name__}: {error}", "this is a bug, or a machine that did something unexpected", "run it again with --debug (dlmconvert --debug ...) and report the traceback")

@@ -143,7 +143,7 @@ def _disk() -> dict[str, Any]:
 
 
 def _hub() -> dict[str, Any]:
-    from dlmconvert.planning.architecture import hub_reachable
+    from dlmconvert.backbone.hub import hub_reachable
 
     num_cached, folder = cached_models()
     cached = f"{num_cached} models in the cache ({folder})"

@@ -22,7 +22,7 @@ class AttentionContext:
     """What a pattern depends on besides the two positions.
 
     open_ratio: share of the non-causal pairs that is open; 0 is causal attention, 1 fully bidirectional.
-    seed, step: key of the drawn pairs; one draw a step, shared by rows, heads and layers (arXiv 2410.17891, section 3.2).
+    seed, step: key of the drawn pairs; one draw a step, shared by rows, heads and layers (arXiv 2410.17891).
         These three are numbers; only a compiled kernel sees them as tensors of no dimension.
     segments_BL: document number of each position, or None when all positions of a row belong together. Padding is a
         document of its own, so a padding query keeps itself as a key and softmax stays finite.

@@ -29,6 +29,6 @@ def noise_levels(seed: int, step: int, num_rows: int, eps: float, kind: str) -> 
 def annealing_ratio(step: int, anneal_steps: int) -> float:
     """Share of the non-causal pairs that is open at optimizer step `step` (from 0): min(1, (step + 1) / anneal_steps).
 
-    arXiv 2410.17891, section 3.2. `anneal_steps` = 1 opens everything at once.
+    arXiv 2410.17891. `anneal_steps` = 1 opens everything at once.
     """
     return min(1.0, (step + 1) / anneal_steps)

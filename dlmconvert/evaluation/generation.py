@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlmconvert.sampling.api import infill
 from dlmconvert.sampling.text import encode_row, parse_gaps
-
 
 
 def fill_gap(denoiser: Any, text: str, seed: int = 0) -> str:
@@ -53,8 +51,8 @@ def continue_prefix(denoiser: Any, text: str) -> str:
 def held_out_function(tokenizer: Any, fraction: float, max_tokens: int) -> str | None:
     """A function of the standard library that was held out, with the middle of its body cut out as a gap.
 
-    The first, in the order of a hash, that has two to six lines to hide and fits into `max_tokens`: chosen before any model has
-    seen it. None when nothing was held out.
+    The first, in the order of a hash, that has two to six lines to hide (at most 32 tokens) and fits into `max_tokens`: chosen before
+    any model has seen it. None when nothing was held out.
     """
     from dlmconvert.data.sources import content_hash, standard_library_files
     from dlmconvert.data.splits import held_out
@@ -64,33 +62,26 @@ def held_out_function(tokenizer: Any, fraction: float, max_tokens: int) -> str |
         try:
             text = path.read_text(encoding="utf-8")
             if held_out(content_hash(text), fraction):
-                found += [(content_hash(source), source) for source in _functions(path, text)]
+                found += [(content_hash("".join(parts)), parts) for parts in _functions(text)]
         except (SyntaxError, UnicodeDecodeError):
             continue
-    for _, source in sorted(found):
-        lines = source.split("\n")
-        hidden = "\n".join(lines[2:-1])
+    for _, (before, hidden, after) in sorted(found):
         gap = len(tokenizer(hidden, add_special_tokens=False)["input_ids"])
-        prompt = "\n".join(lines[:2]) + f"\n[[MASK:{gap}]]\n" + lines[-1] + "\n"
-        if gap >= 6 and len(encode_row(tokenizer, parse_gaps(prompt))[0]) <= max_tokens:
+        prompt = f"{before}[[MASK:{gap}]]{after}"
+        if 6 <= gap <= 32 and len(encode_row(tokenizer, parse_gaps(prompt))[0]) <= max_tokens:
             return prompt
     return None
 
 
-def _functions(path: Path, text: str) -> list[str]:
+def _functions(text: str) -> list[tuple[str, str, str]]:
+    """(signature and docstring, hidden statements, last line) of each top-level function that ends in a one-line return."""
     lines = text.split("\n")
-    sources = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.end_lineno and 5 <= node.end_lineno - node.lineno + 1 <= 9 and node.col_offset == 0:
-            source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            if "[[MASK" not in source and isinstance(node.body[-1], ast.Return) and node.body[-1].lineno == node.body[-1].end_lineno:
-                sources.append(source)
-    return sources
-
-
-def show_gap(text: str, filling: str) -> str:
-    """The text with its (first) gap filled in."""
-    parts = parse_gaps(text)
-    return "".join(part if isinstance(part, str) else filling for part in parts)
-
-
+    parts = []
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.FunctionDef) or not isinstance(node.body[-1], ast.Return) or "[[MASK" in text:
+            continue
+        statements = node.body[1:] if ast.get_docstring(node) else node.body
+        first, last = statements[0].lineno - 1, node.body[-1].lineno - 1
+        if node.body[-1].end_lineno == last + 1 and 2 <= last - first <= 6:
+            parts.append(("\n".join(lines[node.lineno - 1 : first]) + "\n", "\n".join(lines[first:last]) + "\n", lines[last] + "\n"))
+    return parts

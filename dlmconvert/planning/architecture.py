@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlmconvert.backbone.hub import hub_reachable
 from dlmconvert.errors import UserError
 
 # config.json of the sources of the shipped recipes, as far as shapes go: they can be planned without a network, and Llama-2 without
@@ -110,18 +110,6 @@ def find_config(source: Any, hub_timeout: float = 3.0) -> tuple[Any, str]:
 
 def _looks_like_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
-
-
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """One HEAD request, without the retries of the Hub client (which take 20 seconds when there is no network)."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    try:
-        from huggingface_hub import constants, get_session
-
-        return get_session().head(constants.ENDPOINT, timeout=timeout).status_code < 500
-    except Exception:  # every HTTP library has its own errors, and all of them mean no
-        return False
 
 
 def describe(config: Any, *, lora: Any = None, extra_rows: int = 0, mask_token_id: int | None = None, trust_remote_code: bool = False) -> Architecture:

@@ -1,6 +1,6 @@
 """The run folder: where it is, what is done in it, and who holds it. Nothing heavy is imported here.
 
-runs/<name>/ recipe.yaml run.json environment.json source/ tokens.json adapt/ sft/ export/<profile>/ report.html
+runs/<name>/ recipe.yaml run.json environment.json source/ adapt/ sft/ export/<profile>/ report.html
 """
 
 from __future__ import annotations
@@ -72,12 +72,10 @@ class RunFolder:
 
     def hold(self) -> None:
         """Take the run for this process. Raises UserError when another process has it; a dead process's lock is free."""
-        import fcntl
-
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_within(self._lock, seconds=0.5)
         except OSError:
             holder = (self.path / ".lock").read_text().strip() or "another process"
             self._lock = None
@@ -110,6 +108,20 @@ class RunFolder:
                 return None
             except OSError:
                 return file.read().strip() or "another process"
+
+
+def _lock_within(file: Any, seconds: float) -> None:
+    # `dlmconvert status` holds the lock for an instant when it looks who has it.
+    import fcntl
+
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -85,11 +85,12 @@ def result_text(run: RunFolder) -> str:
 
 
 def infill_lines(example: dict[str, str]) -> list[str]:
-    from dlmconvert.evaluation.generation import show_gap
+    from dlmconvert.sampling.text import parse_gaps  # needs no torch: a finished run is shown at once
 
     lines = []
     for title, filling in (("AR parent (sees the prefix only)", example["source"]), ("converted model (sees both sides)", example["converted"])):
-        lines += [f"  {title}:"] + [f"  | {line}" for line in show_gap(example["text"], filling).rstrip("\n").split("\n")]
+        text = "".join(part if isinstance(part, str) else filling for part in parse_gaps(example["text"]))
+        lines += [f"  {title}:"] + [f"  | {line}" for line in text.rstrip("\n").split("\n")]
     return lines
 
 

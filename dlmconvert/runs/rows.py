@@ -9,6 +9,7 @@ from typing import Any
 
 from dlmconvert.errors import UserError
 from dlmconvert.recipe.schema import text_sources
+from dlmconvert.runs.inputs import require_conversations, require_text
 from dlmconvert.runs.stage import StageContext
 
 
@@ -25,10 +26,9 @@ def text_rows(context: StageContext, tokenizer: Any, forbidden_id: int | None) -
     """
     from dlmconvert.data.packing import prepare_rows
 
+    require_text(context.recipe)
     data = context.recipe.data
     sources = text_sources(data.train)
-    if not sources:
-        raise UserError("data.train is empty: there is no text to train on", "", "add data.train=FILE (.txt, .jsonl, .parquet), a folder, or a Hub dataset")
     prefix_id, separator_id = document_marks(tokenizer)
     validation = data.validation if isinstance(data.validation, float | int) else text_sources(data.validation)
     with told(context, "tokens") as progress:
@@ -59,8 +59,7 @@ def chat_rows(context: StageContext, tokenizer: Any, forbidden_id: int | None) -
     from dlmconvert.data.conversations import Layout, conversation_rows
 
     sft = context.recipe.sft
-    if sft.data is None:
-        raise UserError("sft.data is empty: there are no conversations to train on", "", "add sft.data=CHAT.jsonl (records with `messages`, or a prompt and a response field)")
+    data = require_conversations(context.recipe)
     if ensure_chat_template(tokenizer):
         context.reporter.say("  the tokenizer has no chat template: a plain one (User: ... Assistant: ...) is set and exported with the model")
     end_id = tokenizer.eos_token_id
@@ -77,7 +76,7 @@ def chat_rows(context: StageContext, tokenizer: Any, forbidden_id: int | None) -
     )
     with told(context, "conversations") as progress:
         train, held = conversation_rows(
-            sft.data,
+            data,
             tokenizer=tokenizer,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             layout=layout,

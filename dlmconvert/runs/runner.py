@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from dlmconvert.errors import Interrupted, UserError
-from dlmconvert.recipe.load import flat, set_key, validate
+from dlmconvert.errors import Interrupted, SavedAndLeft, UserError
+from dlmconvert.recipe.load import set_key, validate
 from dlmconvert.recipe.schema import Recipe
 from dlmconvert.runs.folder import RunFolder, write_atomically
+from dlmconvert.runs.inputs import check_inputs
 from dlmconvert.runs.stage import Reporter, Stage, StageContext, StopFlag
 from dlmconvert.runs.stages import STAGES
 
@@ -34,29 +35,44 @@ def order_of(targets: Iterable[str], recipe: Recipe) -> list[Stage]:
 
 
 def combine(run: RunFolder, recipe: Recipe, stages: list[Stage], overrides: list[str]) -> Recipe:
-    """The asked-for recipe, with the run's own values for stages that have started and are not part of this command.
+    """The asked-for recipe, with what the run knows of the stages that are not part of this command.
 
-    `dlmconvert adapt RECIPE` after `dlmconvert sft sft.data=...` must not forget where the conversations were.
+    `dlmconvert adapt RECIPE` after `dlmconvert sft sft.data=...` must not forget where the conversations were: sections of a stage
+    that has started are those it was started with, sections of one that has not keep the `key=value` words of earlier commands.
     """
     if not (run.path / "recipe.yaml").is_file():
         return recipe
-    named = {stage.name for stage in stages}
-    others = [s for s in STAGES.values() if s.name not in named and run.stage_state(s.name)]
-    if not others:
-        return recipe
-    asked = recipe.model_dump(mode="json")
-    mine = {key for stage in stages for key in stage.keys(recipe)} | {word.partition("=")[0] for word in overrides}
-    before = flat(run.recipe().model_dump(mode="json"))
-    for stage in others:
-        for key in stage.keys(recipe):
-            if key not in mine and key in before:
-                section = asked
-                *path, last = key.split(".")
-                for name in path:
-                    section[name] = section[name] if isinstance(section.get(name), dict) else {}
-                    section = section[name]
-                section[last] = before[key]
-    return validate(asked, str(run.path / "recipe.yaml"))
+    values, before = recipe.model_dump(mode="json"), run.recipe().model_dump(mode="json")
+    ours = [section for stage in stages for section in stage.reads]
+    remembered = run.state().get("overrides", {})
+    for stage in STAGES.values():
+        if stage in stages:
+            continue
+        for section in stage.reads:
+            if any(_overlap(section, name) for name in ours):
+                continue
+            words = {key: word for key, word in remembered.items() if _overlap(section, key)}
+            if run.stage_state(stage.name).get("keys") is not None:
+                words = {}
+                parent, name = _parent(values, section), section.rpartition(".")[2]
+                parent[name] = _parent(before, section)[name]
+            for word in [*words.values(), *(word for word in overrides if _overlap(section, _key(word)))]:
+                set_key(values, word)
+    return validate(values, str(run.path / "recipe.yaml"))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+
+
+def _parent(values: dict[str, Any], key: str) -> dict[str, Any]:
+    for name in key.split(".")[:-1]:
+        values = values[name]
+    return values
 
 
 def with_overrides(run: RunFolder, overrides: list[str]) -> Recipe:
@@ -70,7 +86,9 @@ def with_overrides(run: RunFolder, overrides: list[str]) -> Recipe:
 def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
     """Raise UserError with a diff when a key that a started stage has read has another value now."""
     lines = []
-    for stage in stages:
+    also = [stage for stage in STAGES.values() if stage not in stages]  # a later stage that has started: its keys may have been set here
+    only_export = True
+    for stage in [*stages, *also]:
         recorded = run.stage_state(stage.name).get("keys")
         if recorded is None:
             continue
@@ -78,11 +96,13 @@ def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
         for key in sorted(set(recorded) | set(now)):
             if recorded.get(key) != now.get(key):
                 lines.append(f"  {key}: {_show(recorded.get(key))} -> {_show(now.get(key))}   (read by {stage.name})")
+                only_export = only_export and stage.name == "export"
     if lines:
         raise UserError(
             f"{run.path} was started with other values:",
             "\n".join(dict.fromkeys(lines)),
-            "run it as it was started, or add --fresh to start a new folder beside it (nothing is deleted)",
+            "--to DIR writes another export beside it" if only_export else
+            "run it as it was started, or start a new folder beside it: dlmconvert adapt RECIPE --fresh (nothing is deleted)",
         )
 
 
@@ -100,11 +120,13 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
     refuse_drift(run, recipe, stages)
     if all(stage.finished(run, recipe) for stage in stages):
         return False
+    check_inputs(recipe, [stage.name for stage in stages if not stage.finished(run, recipe)])
     run.hold()
     try:
         run.write_recipe(recipe)
         state = run.state()
         state.setdefault("created", time.time())
+        state["overrides"] = state.get("overrides", {}) | {_key(word): word for word in overrides or []}
         run.write_state(state)
         write_atomically(run.path / "environment.json", environment_text())
         stop = StopFlag()
@@ -128,9 +150,16 @@ def _run_stage(stage: Stage, context: StageContext) -> None:
     began = time.monotonic()
     try:
         facts = stage.work(context)
-    finally:
-        spent = before.get("seconds", 0.0) + time.monotonic() - began
-        run.update_stage(stage.name, seconds=spent)
+    except Exception as error:
+        # A stage that failed before it had anything to lose may be started again with other values.
+        lost = {} if isinstance(error, SavedAndLeft) or list(run.stage_folder(stage.name).glob("checkpoints/step-*")) else {"status": "failed", "keys": None}
+        with suppress(UserError):  # a full disk: the first error says it
+            run.update_stage(stage.name, seconds=before.get("seconds", 0.0) + time.monotonic() - began, **lost)
+        raise
+    except BaseException:
+        run.update_stage(stage.name, seconds=before.get("seconds", 0.0) + time.monotonic() - began)
+        raise
+    run.update_stage(stage.name, seconds=before.get("seconds", 0.0) + time.monotonic() - began)
     run.update_stage(stage.name, status="done", finished=time.time(), facts=facts)
 
 

@@ -161,9 +161,11 @@ def sft(context: StageContext) -> dict[str, Any]:
     facts = run_training(context, job) | {name: value for name, value in train_rows.meta.items() if name.startswith("num_")}
     if held is None:
         return facts
+    pattern = recipe.method.attention.pattern
+    kind = "AR NLL" if pattern == "causal" else "NELBO"
     asked = [
-        ("NELBO of held-out answers before sft", source, "bidirectional"),
-        ("NELBO of held-out answers after sft", run.model_folder("sft"), "bidirectional"),
+        (f"{kind} of held-out answers before sft", source, pattern),
+        (f"{kind} of held-out answers after sft", run.model_folder("sft"), pattern),
     ]
     return facts | {"measured": measure(context, asked, held)}
 

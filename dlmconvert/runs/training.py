@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dlmconvert.errors import UserError
+from dlmconvert.errors import Interrupted, UserError
 from dlmconvert.recipe.schema import Evaluation, Method, Optimization, anneal_steps_of
+from dlmconvert.runs.folder import write_atomically
 from dlmconvert.runs.stage import StageContext
 
 
@@ -96,7 +98,8 @@ def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> N
         from dlmconvert.data.chat import ensure_chat_template
 
         ensure_chat_template(tokenizer)
-    job = TrainingJob(stage, settings, recipe.method, source, stage, [], [], None, False, anneal=stage == "adapt", tokenizer=tokenizer)
+    trained_as = "ar" if stage == "adapt" and recipe.method.attention.pattern == "causal" else stage
+    job = TrainingJob(stage, settings, recipe.method, source, trained_as, [], [], None, False, anneal=stage == "adapt", tokenizer=tokenizer)
     denoiser, spec = _trainable(context, job)
     checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints")
     damage = checkpoints.damage(step)
@@ -229,6 +232,7 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
     )
     checkpoints = CheckpointFolder(folder / "checkpoints", settings.keep_checkpoints, reporter.warn)
     begun = max(checkpoints.steps(), default=0)
+    identity = _identity(context, job, begun)
     if begun:
         reporter.say(f"  continuing from the checkpoint of step {begun}")
 
@@ -251,9 +255,11 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
         metrics = Metrics(folder / "metrics.jsonl", settings.log_steps, listen)
         context.stop.deferred = True
         try:
-            train(engine, stream, loop_settings, checkpoints, metrics, validate, context.stop, _identity(context, job))
+            train(engine, stream, loop_settings, checkpoints, metrics, validate, context.stop, identity)
         finally:
             context.stop.deferred = False
+    if context.stop.requested:  # it came during the last step, which is saved
+        raise Interrupted(context.stop.requested)
 
 
 def _measure(evaluation: Evaluation, measure: Any, denoiser: Any, rows: Any):
@@ -262,13 +268,23 @@ def _measure(evaluation: Evaluation, measure: Any, denoiser: Any, rows: Any):
     )
 
 
-def _identity(context: StageContext, job: TrainingJob) -> str:
-    """Hash of all that the numbers depend on: the recipe keys that the stage read, the model it starts from, its rows."""
-    values = {
-        "keys": context.run.stage_state(job.stage).get("keys"),
-        "model": fingerprint(job.source),
-        "rows": [store.meta.get("fingerprint") for store in job.stores],
-    }
+def _identity(context: StageContext, job: TrainingJob, begun: int) -> str:
+    """Hash of all that the numbers depend on: the recipe keys that the stage read, the model it starts from, its rows.
+
+    Raises UserError when the model or the text is not the one that the checkpoints (newest: step `begun`) were trained on.
+    """
+    recorded = context.run.stage_state(job.stage)
+    inputs = {"model": fingerprint(job.source), "rows": [store.meta.get("fingerprint") for store in job.stores]}
+    names = {"model": f"the model in {job.source}", "rows": "the text" if job.stage != "sft" else "the file of conversations"}
+    changed = [names[key] for key in inputs if recorded.get("inputs", inputs)[key] != inputs[key]]
+    if begun and changed:
+        raise UserError(
+            f"{' and '.join(changed)} changed while {job.stage} was interrupted",
+            f"its checkpoint of step {begun} was trained on another content; mixing the two would make numbers that are those of neither",
+            "put the old content back and run the same command again, or start anew beside it with --fresh",
+        )
+    context.run.update_stage(job.stage, inputs=inputs)
+    values = {"keys": recorded.get("keys"), **inputs}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -280,11 +296,12 @@ def fingerprint(model_folder: Path) -> str:
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     note = model_folder / ".fingerprint.json"
     if note.is_file():
-        known = json.loads(note.read_text())
-        if known["stamp"] == stamp:
-            return known["hash"]
+        with suppress(ValueError):  # cut short by a kill
+            known = json.loads(note.read_text())
+            if known["stamp"] == stamp:
+                return known["hash"]
     value = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:32]
-    note.write_text(json.dumps({"stamp": stamp, "hash": value}))
+    write_atomically(note, json.dumps({"stamp": stamp, "hash": value}))
     return value
 
 

@@ -40,7 +40,9 @@ class SingleDeviceEngine:
         self.clip_norm = clip_norm
         self.step = 0
         if gradient_checkpointing:
-            denoiser.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Called gradient_checkpointing_enable before transformers 5.23.
+            enable = getattr(denoiser.model, "activation_checkpointing_enable", denoiser.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
             if hasattr(denoiser.model, "enable_input_require_grads"):
                 denoiser.model.enable_input_require_grads()  # else nothing would flow back through frozen embeddings (LoRA)
         self.optimizer = make_adamw(denoiser, betas=betas, eps=eps, weight_decay=weight_decay)

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, build, denoiser, positions_of, rewritten
 
 from dlmconvert.backbone import load
-from dlmconvert.backbone.load import load_config, load_denoiser, load_model, load_tokenizer, resolve_checkpoint, save_model_folder, scratch_config
+from dlmconvert.backbone.load import (
+    load_config,
+    load_denoiser,
+    load_model,
+    load_tokenizer,
+    resolve_checkpoint,
+    save_model_folder,
+    scratch_config,
+)
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
 from dlmconvert.errors import EXIT_WRONG_INPUT, UserError
 
@@ -147,7 +155,9 @@ def test_saved_dtype_and_generation_config(tmp_path):
     save_model_folder(tmp_path / "model", model, None, SPEC, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
-    assert json.loads((tmp_path / "model/generation_config.json").read_text())["temperature"] == 0.6
+    assert not (tmp_path / "model/generation_config.json").exists()  # an AR model's sampling defaults say nothing about a denoiser
+    save_model_folder(tmp_path / "plain", model, None, None)
+    assert json.loads((tmp_path / "plain/generation_config.json").read_text())["temperature"] == 0.6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert load_denoiser_without_tokenizer(tmp_path / "model").model.dtype == torch.bfloat16
 
@@ -157,6 +167,14 @@ def load_denoiser_without_tokenizer(folder):
 
     with mock.patch.object(load, "load_tokenizer", return_value=None):
         return load_denoiser(folder, device="cpu")
+
+
+def test_an_ordinary_checkpoint_is_read_as_the_ar_model_that_it_is(tiny_checkpoints):
+    denoiser = load_denoiser(tiny_checkpoints["llama"], device="cpu", attention="causal")
+    tokens_BL = torch.arange(12)[None] + 5
+    targets_BL = torch.arange(12)[None] > 0
+    expected = build("llama")(tokens_BL).logits[0, :-1]
+    torch.testing.assert_close(denoiser.predict(tokens_BL, targets_BL), expected)
 
 
 def test_the_spec_is_checked():

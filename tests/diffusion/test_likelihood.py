@@ -90,10 +90,11 @@ def test_both_forms_of_the_bound_are_the_enumerated_one():
             assert exact == pytest.approx(expected["minus_log_p"], rel=1e-6)
 
 
-def integral(l, n, eps):
+def integral(count, n, eps):
+    """int over t in (eps, 1) of (1/t) t^count (1-t)^(n-count), with the power expanded."""
     total = 0.0
-    for k in range(n - l + 1):  # (1-t)^(n-l) expanded
-        total += math.comb(n - l, k) * (-1) ** k * (1 - eps ** (l + k)) / (l + k)
+    for k in range(n - count + 1):
+        total += math.comb(n - count, k) * (-1) ** k * (1 - eps ** (count + k)) / (count + k)
     return total / (1 - eps)
 
 
@@ -170,7 +171,7 @@ def test_ar_likelihood_is_the_chain_rule():
             continue
         x = expected["x"]
 
-        def left_to_right(tokens_BL, wanted_BL, positions_BL, segments_BL, model=model):
+        def left_to_right(tokens_BL, wanted_BL, positions_BL, segments_BL, model=model, x=x):
             hidden_BL = torch.arange(tokens_BL.shape[1])[:, None] <= torch.arange(tokens_BL.shape[1])
             rows = [
                 model.predict(tokens_BL.masked_fill(hidden_BL[i], model.mask_token_id), wanted_BL & (torch.arange(len(x)) == i), None, None)

@@ -7,7 +7,18 @@ import yaml
 
 from dlmconvert.errors import EXIT_WRONG_INPUT, UserError
 from dlmconvert.methods import METHODS
-from dlmconvert.recipe.load import dump_recipe, flat, load_recipe, parse_yaml, recipe_names, recipe_text, safe_keys, section_at, set_key, validate
+from dlmconvert.recipe.load import (
+    dump_recipe,
+    flat,
+    load_recipe,
+    parse_yaml,
+    recipe_names,
+    recipe_text,
+    safe_keys,
+    section_at,
+    set_key,
+    validate,
+)
 from dlmconvert.recipe.schema import Recipe, Section, anneal_steps_of, text_sources
 
 SMALL = {"source": {"model": "gpt2"}, "data": {"train": "x.txt"}, "method": {"attention": {"anneal_steps": 0.5}}}

@@ -1,0 +1,139 @@
+"""Real processes that start at once: this one imports the heavy libraries and forks for every command it is sent.
+
+    python zygote.py        reads one JSON request a line, answers {"pid"} and, when asked to wait, {"status"}
+
+A request {"words", "folder", "log", "die"} runs `dlmconvert WORDS` in the folder. `die` is [module, name, n, "before" | "after"]: the
+process kills itself with SIGKILL around the n-th call of that function; what nobody can handle, at a place chosen beforehand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Child:
+    """A running command. status: exit code, or minus the signal that killed it."""
+
+    zygote: Zygote
+    pid: int
+    log: Path
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        return self.zygote.ask({"wait": self.pid})["status"]
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, seen, seconds: float = 60.0) -> None:
+        until = time.monotonic() + seconds
+        while not seen():
+            assert time.monotonic() < until, self.text()
+            time.sleep(0.0005)
+
+
+class Zygote:
+    def __init__(self):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.number = 0
+
+    def ask(self, request: dict) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, folder: Path, *words: object, die: tuple | None = None) -> Child:
+        self.number += 1
+        log = Path(folder) / f"log-{self.number}.txt"
+        log.touch()
+        answer = self.ask({"words": [str(word) for word in words], "folder": str(folder), "log": str(log), "die": die})
+        return Child(self, answer["pid"], log)
+
+    def run(self, folder: Path, *words: object, die: tuple | None = None) -> tuple[int, str]:
+        child = self.start(folder, *words, die=die)
+        return child.wait(), child.text()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    import conftest  # noqa: F401  the same settings as in the tests
+    import peft  # noqa: F401
+
+    import dlmconvert.backbone.load  # noqa: F401
+    import dlmconvert.cli.app  # noqa: F401
+    import dlmconvert.runs.stages  # noqa: F401
+    import dlmconvert.training.loop  # noqa: F401
+
+    children = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = {"status": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(child(request))
+            children[pid] = request
+            answer = {"pid": pid}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def child(request: dict) -> int:
+    os.chdir(request["folder"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(0)
+    if request["die"]:
+        die_at(*request["die"])
+    from dlmconvert.cli.app import app, guarded
+
+    code = guarded(lambda: app(request["words"], standalone_mode=False))
+    sys.stdout.write(f"deepspeed imported: {'deepspeed' in sys.modules}\n")
+    sys.stdout.flush()
+    return code
+
+
+def die_at(module: str, name: str, nth: int, when: str) -> None:
+    owner = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real, calls = getattr(owner, name), 0
+
+    def deadly(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+if __name__ == "__main__":
+    serve()
