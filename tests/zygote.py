@@ -107,9 +107,14 @@ def child(request: dict) -> int:
     os.close(0)
     if request["die"]:
         die_at(*request["die"])
-    from dlmconvert.cli.app import app, guarded
+    from dlmconvert.cli.app import main
 
-    code = guarded(lambda: app(request["words"], standalone_mode=False))
+    sys.argv = ["dlmconvert", *request["words"]]
+    code = 0
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code
     sys.stdout.write(f"deepspeed imported: {'deepspeed' in sys.modules}\n")
     sys.stdout.flush()
     return code

@@ -16,7 +16,7 @@ class DlmSpec:
     """The choices that a model was trained with.
 
     mask_token_id: the id that stands for [MASK] in the model's input.
-    vocab_size: tokens that exist; ids from here on are padding rows of the embedding and are never produced.
+    vocab_size: tokens of ordinary text; ids from here on (padding rows, an added mask token) are never produced.
     mask_is_word: the mask id is an ordinary word piece, so masks must be tracked as booleans.
     trained: `ar`, `adapt` or `sft`: the last stage that changed the weights.
     annealing: the share of non-causal pairs that was open at the end of training, and the schedule that led there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 
@@ -57,7 +58,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # What our libraries will change in their next versions is no news for a user of this one.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def _terminated(number: int, frame: object) -> None:
+    # Until a stage has its own handler (and in commands without stages): leave as Ctrl-C does.
+    from dlmconvert.errors import Interrupted
+
+    raise Interrupted("SIGTERM")
 
 
 def guarded(call) -> int:

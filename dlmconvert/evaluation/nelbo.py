@@ -85,14 +85,14 @@ def measure_likelihood(
                 nats_B = ar_nll(denoiser.predict, x_0_BL, targets_BL, positions_BL, segments_BL)
                 advance(len(indices))
             else:
-                nats_B = torch.zeros(len(indices), dtype=torch.float64, device=denoiser.device)
+                nats_B = torch.zeros(len(indices), dtype=torch.float64)
                 for draw in range(draws):
                     nats_B += nelbo_draw(
                         denoiser.predict, x_0_BL, targets_BL, keys_B, denoiser.mask_token_id,
                         draw=draw, num_draws=draws, seed=seed, positions_BL=positions_BL, segments_BL=segments_BL,
-                    ) / draws  # fmt: skip
+                    ).cpu().double() / draws  # fmt: skip
                     advance(len(indices))
-            nats.append(nats_B.cpu())
+            nats.append(nats_B.cpu().double())
             tokens.append(targets_BL.sum(1).cpu())
     denoiser.train(was_training)
     nats_B, tokens_B = torch.cat(nats), torch.cat(tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,15 @@ from pydantic import BaseModel, ValidationError
 from dlmconvert.errors import UserError, nearest
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.schema import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for text; everyone who writes a learning rate means a number (as YAML 1.2 does)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def recipes_folder() -> Path:
@@ -81,7 +92,7 @@ def _positions(config: Path) -> int | None:
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -97,7 +108,7 @@ def set_key(values: dict[str, Any], word: str) -> None:
     if not sign or not key:
         raise UserError(f"{word!r} is not key=value", "", "as in train.steps=200 or source.model=gpt2")
     try:
-        value = yaml.safe_load(text) if text != "" else None
+        value = yaml.load(text, Loader=_Loader) if text != "" else None
     except yaml.YAMLError:
         value = text
     section = values
@@ -115,20 +126,47 @@ def validate(values: dict[str, Any], where: str) -> Recipe:
     """Fill in the method's row, then check everything against the schema."""
     values = copy.deepcopy(values)
     method = values.get("method")
-    method = {"name": method} if isinstance(method, str) else dict(method or {})
-    name = method.get("name", "diffullama")
-    if name not in METHODS:
-        raise UserError(f"{where}: method.name={name!r} is not a published method", nearest(str(name), METHODS), "")
-    row = copy.deepcopy(METHODS[name].choices)
-    _drop_overridden_schedule(row, method)
-    values["method"] = _merge(row, {"name": name, **method})
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        what = f"{where}: {len(lines)} mistakes" if len(lines) > 1 else f"{where}: {lines[0]}"
-        why = "\n".join(f"  {line}" for line in lines) if len(lines) > 1 else ""
-        raise UserError(what, why, "dlmconvert recipes keys lists every key with its meaning") from None
+    method = {"name": method} if isinstance(method, str) else method if method is not None else {}
+    name = method.get("name", "diffullama") if isinstance(method, dict) else "diffullama"
+    if isinstance(name, str) and name not in METHODS:
+        raise UserError(f"{where}: method.name={name!r} is not a published method", nearest(name, METHODS), "")
+    if isinstance(method, dict) and isinstance(name, str):
+        row = copy.deepcopy(METHODS[name].choices)
+        _drop_overridden_schedule(row, method)
+        values["method"] = _merge(row, {"name": name, **method})
+    lines: list[str] = []
+    while True:
+        try:
+            recipe = Recipe.model_validate(values)
+            break
+        except ValidationError as error:
+            problems = error.errors()
+        lines += [_explain(problem) for problem in problems]
+        # Values that are wrong by themselves are taken out, so that those that contradict each other are told at the same time.
+        if not all([_take_out(values, problem["loc"]) for problem in problems]):
+            break
+    if not lines:
+        return recipe
+    what = f"{where}: {len(lines)} mistakes" if len(lines) > 1 else f"{where}: {lines[0]}"
+    why = "\n".join(f"  {line}" for line in lines) if len(lines) > 1 else ""
+    raise UserError(what, why, "dlmconvert recipes keys lists every key with its meaning")
+
+
+def _take_out(values: Any, location: tuple[Any, ...]) -> bool:
+    """Remove the value at a location of pydantic's; False when there is nothing to remove."""
+    section: Any = values
+    keys = [key for key in location if isinstance(key, int) or str(key).isidentifier()]
+    for depth, key in enumerate(keys):
+        # A mistake inside a list takes the whole list with it.
+        inside = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and key in section and (depth == len(keys) - 1 or not isinstance(inside, dict)):
+            del section[key]
+            return True
+        section = inside
+        if section is None:
+            # Taken out already, together with another mistake.
+            return depth > 0
+    return False
 
 
 def _drop_overridden_schedule(row: dict[str, Any], method: dict[str, Any]) -> None:
@@ -151,7 +189,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _explain(problem: Any) -> str:
     # Branches of a union (`int`, `function-before[...]`) stand in the location as well; only keys help.
     keys = [str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    keys = [k for k in keys if k not in ("str", "int", "float", "bool", "TextSource")]
+    keys = [k for k in keys if k not in ("str", "int", "float", "bool")]
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         section = section_at(keys[:-1])
@@ -167,14 +205,21 @@ def section_at(path: list[str]) -> type[BaseModel] | None:
     """The schema class of a section such as ["method", "attention"], or None."""
     section: Any = Recipe
     for name in path:
-        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        if field is None:
+        if name.isdigit():  # an item of a list: its section was found with the list
+            continue
+        field = section.model_fields.get(name)
+        found = _sections_in(field.annotation) if field is not None else []
+        if not found:
             return None
-        candidates = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not candidates:
-            return None
-        section = candidates[0]
+        section = found[0]
     return section
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The schema classes that a type is made of, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in typing.get_args(annotation) for section in _sections_in(inner)]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 SAFE = {"safe_to_change": True}
 
 Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Section):
@@ -51,7 +51,7 @@ class Attention(Section):
     pattern: Literal["bidirectional", "causal"] = "bidirectional"
     """The pattern at the end of training."""
     anneal: Literal["none", "random"] = "none"
-    """`random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891, section 3.2)."""
+    """`random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891)."""
     anneal_steps: Annotated[float, Field(gt=0)] | None = None
     """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
 
@@ -107,12 +107,30 @@ class TextSource(Section):
     """Text that separates documents inside a .txt file (for example `<|endoftext|>` or two line ends). Empty: a file is a document."""
 
 
+def _kind(value: Any) -> str:
+    """Which form a text setting has been given in: mistakes are then told for that form only. The names are no identifiers, so
+    that they never pass for keys in a message."""
+    if isinstance(value, list | tuple):
+        return "<list>"
+    if isinstance(value, dict | TextSource):
+        return "<source>"
+    return "<path>" if isinstance(value, str) else "<fraction>"
+
+
+OneSource = Annotated[Annotated[str, Tag("<path>")] | Annotated[TextSource, Tag("<source>")], Discriminator(_kind)]
+Texts = Annotated[Annotated[str, Tag("<path>")] | Annotated[list[OneSource], Tag("<list>")], Discriminator(_kind)]
+HeldOut = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")] | Annotated[str, Tag("<path>")] | Annotated[list[OneSource], Tag("<list>")],
+    Discriminator(_kind),
+]
+
+
 class Data(Section):
     """Text, and how it becomes rows of tokens."""
 
-    train: str | list[str | TextSource] | None = None
+    train: Texts | None = None
     """One path, or a list (a weighted mixture)."""
-    validation: Annotated[float, Field(ge=0, lt=1)] | str | list[str | TextSource] = 0.02
+    validation: HeldOut = 0.02
     """Held-out text: a path, or the fraction of the documents of `train` that is kept out of training."""
     row_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a row (the context length in training)."""
@@ -154,7 +172,7 @@ class Optimization(Section):
     """Learning rate at the last step of `cosine` and `wsd`."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the steps that `wsd` decays over."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled (AdamW), on matrices only: biases, norms and embeddings are left alone."""

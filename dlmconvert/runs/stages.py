@@ -82,13 +82,14 @@ def prepare(context: StageContext) -> dict[str, Any]:
     model = load_model(checkpoint, config, "auto", source.trust_remote_code)
     embedding_rows = model.get_input_embeddings().weight.shape[0]
     choice = choose_mask_token(source.mask_token, tokenizer, embedding_rows, config.model_type)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # of ordinary text: the mask token and fillers before it are never produced
     install_mask_token(model, tokenizer, choice, source.mask_init, source.seed)
     reporter.say(f"  mask token {choice.text!r}, id {choice.id}: {choice.reason}")
     spec = DlmSpec(
         alignment=context.recipe.method.alignment,
         mask_token_id=choice.id,
         mask_is_word=choice.is_word,
-        vocab_size=max(len(tokenizer), choice.id + 1),
+        vocab_size=vocab_size,
         method=context.recipe.method.name,
         trained="ar",
     )
@@ -167,7 +168,8 @@ def sft(context: StageContext) -> dict[str, Any]:
         (f"{kind} of held-out answers before sft", source, pattern),
         (f"{kind} of held-out answers after sft", run.model_folder("sft"), pattern),
     ]
-    return facts | {"measured": measure(context, asked, held)}
+    # Most scored tokens are end tokens, which have no bytes: bits a byte would mean nothing.
+    return facts | {"measured": [row | {"bits_per_byte": None} for row in measure(context, asked, held)]}
 
 
 def _forbidden_id(run: RunFolder) -> int | None:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import pytest
 
 
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty folder with text.jsonl and chat.jsonl, and the tests standing in it."""
