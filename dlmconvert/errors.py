@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -30,6 +31,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(line for line in (self.what, self.why, self.next_step) if line)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code, and what to tell. lost_peer: it only noticed that another rank had gone."""
+
+    code: int = EXIT_DONE
+    what: str = ""
+    why: str = ""
+    next_step: str = ""
+    lost_peer: bool = False
 
 
 class SavedAndLeft(Exception):

@@ -55,6 +55,9 @@ class MemoryStream:
             return int(predictable(self.segments, self.alignment).sum())
         return ROWS * (LENGTH - (self.alignment == "shift"))
 
+    def num_masked(self, step):
+        return int(MemoryStream.batch(self, step, 0, ROWS).masked_BL.sum())
+
 
 def make_engine(family="gpt2", model=None, alignment="shift", attention="bidirectional", **changes):
     values = {"precision": "fp32", "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0} | changes

@@ -1,13 +1,13 @@
 """A real trained model on real text: adaptation helps, and what the AR model knew is what helps.
 
-Held-out NELBO in nats a token (fully bidirectional, 96 rows of 128 tokens, 4 draws, standard errors about 0.02), as measured with
-these settings, 400 steps of 8 rows:
+Held-out NELBO in nats a token (fully bidirectional, 96 rows of 128 tokens, 4 draws), as measured with these settings (400 steps of 8
+rows, 73 s on one core of an x86 server):
 
-    stories260K, not adapted                        6.10
-    random weights of its architecture, adapted     4.7
-    stories260K, adapted                            3.8
+    stories260K, not adapted                        6.100 +- 0.039
+    random weights of its architecture, adapted     4.814 +- 0.01
+    stories260K, adapted                            3.870 +- 0.02
 
-`GAIN` and `LEAD` are about two thirds of the measured differences, far above their standard errors.
+`GAIN` (measured: 2.23) and `LEAD` (measured: 0.94) leave a third for other machines; both are more than twenty standard errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = [
     "train.steps=400", "train.rows_per_step=8", "train.micro_batch=8", "train.learning_rate=4e-3", "train.warmup_steps=50",
     "method.attention.anneal_steps=0.2", "eval.rows=96", "eval.draws=4", "eval.batch=32", "engine.device=cpu", "data.cache=tokens",
 ]  # fmt: skip
-GAIN, LEAD = 1.5, 0.5
+GAIN, LEAD = 1.5, 0.6
 
 
 @pytest.mark.skipif(not CHECKPOINT.is_dir() or not CORPUS.is_dir(), reason="the shared checkpoint and corpus are not there")

@@ -39,7 +39,10 @@ class Denoiser(nn.Module):
         vocabulary of 128k the full logits would be most of the memory. Under `shift` targets_BL must be False at position 0.
         """
         keep_BL = predicting_positions(targets_BL, self.spec.alignment)
-        return call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
+        logits_NV = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
+        if torch.is_grad_enabled():
+            _let_tied_gradients_add_in_place(logits_NV)
+        return logits_NV
 
     @torch.no_grad()
     def predict(
@@ -70,3 +73,21 @@ class Denoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def _let_tied_gradients_add_in_place(logits_NV: torch.Tensor) -> None:
+    """Save one copy of a tied embedding's gradient (V x D) at the end of the backward pass, where memory peaks.
+
+    The output matrix's gradient arrives as a transposed view, and autograd adds in place only to tensors that own their memory: it
+    would make a third matrix for the sum with the input embedding's gradient. Detached, the view owns it. The values are the same.
+    """
+    node = logits_NV.grad_fn
+    for _ in range(4):  # reshapes and logit scaling may stand between the logits and the product
+        if node is None:
+            return
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        for parent in parents:
+            if parent.name() == "TBackward0":
+                parent.register_hook(lambda inputs, _: tuple(None if g is None else g.detach() for g in inputs))
+                return
+        node = parents[0] if parents else None

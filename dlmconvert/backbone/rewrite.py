@@ -7,6 +7,7 @@ unmodified model.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def influence(model: torch.nn.Module, context: AttentionContext) -> torch.Tensor
     tokens_BL[torch.arange(length), torch.arange(length)] += 30
     positions_BL = torch.arange(length).expand(length + 1, length)
     if context.segments_BL is not None:
-        context = AttentionContext(context.open_ratio, context.seed, context.step, context.segments_BL.expand(length + 1, length))
+        context = replace(context, segments_BL=context.segments_BL.expand(length + 1, length))
     logits_BLV = call_model(model, tokens_BL, positions_BL, context).logits.float()
     change_ji = (logits_BLV[:length] - logits_BLV[length]).abs().amax(-1)
     return (change_ji > 1e-6 * logits_BLV.abs().max()).T

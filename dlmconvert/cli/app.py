@@ -13,6 +13,8 @@ from dlmconvert import __version__
 from dlmconvert.cli.doctor import doctor
 from dlmconvert.cli.evaluate import evaluate
 from dlmconvert.cli.generate import infill, sample
+from dlmconvert.cli.methods import methods
+from dlmconvert.cli.outcome import outcome_of
 from dlmconvert.cli.plan import plan
 from dlmconvert.cli.recipes import recipes
 from dlmconvert.cli.stages import adapt, export, report, run, sft, status
@@ -47,6 +49,7 @@ app.command("eval")(evaluate)
 for verb in (status, report, doctor):
     app.command()(verb)
 app.add_typer(recipes, name="recipes")
+app.command()(methods)
 
 
 def main() -> None:
@@ -71,43 +74,9 @@ def _terminated(number: int, frame: object) -> None:
 
 def guarded(call) -> int:
     """Call a command; return the exit code of what happened, having told the user."""
-    import errno
+    from dlmconvert.cli.console import show_error
 
-    from dlmconvert.cli.console import console, show_error
-    from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, EXIT_WRONG_INPUT, Interrupted, SavedAndLeft, UserError
-
-    try:
-        code = call()
-        return code if isinstance(code, int) else 0
-    except UserError as error:
-        if os.environ.get("DLMCONVERT_DEBUG"):
-            console.print_exception()
-        show_error(error.what, error.why, error.next_step)
-        return error.exit_code
-    except SavedAndLeft as left:
-        show_error(f"{left.signal_name}: saved at step {left.step} and left", "", "the same command continues there")
-        return EXIT_SAVED_RUN_AGAIN
-    except (Interrupted, KeyboardInterrupt, typer.Abort):
-        show_error("interrupted", "finished stages and checkpoints stand", "the same command continues")
-        return EXIT_SAVED_RUN_AGAIN
-    except typer.Exit as error:
-        return error.exit_code
-    except BrokenPipeError:
-        return 0
-    except MemoryError:
-        show_error("out of memory", "", "lower micro_batch or data.row_length, or set gradient_checkpointing=true")
-        return EXIT_FAILED
-    except Exception as error:
-        if hasattr(error, "format_message"):  # click's own, of which typer may carry a copy
-            if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
-                show_error(error.format_message(), "", "add --help to see how the command is used")
-            return EXIT_WRONG_INPUT
-        if os.environ.get("DLMCONVERT_DEBUG"):
-            console.print_exception()
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            show_error(f"the disk is full: {error}", "finished stages and checkpoints stand", "free some space and run the same command again")
-        elif "out of memory" in str(error).lower():
-            show_error("out of memory", str(error).splitlines()[0], "lower micro_batch or data.row_length, or set gradient_checkpointing=true")
-        else:
-            show_error(f"{type(error).__name__}: {error}", "this is a bug, or a machine that did something unexpected", "run it again with --debug (dlmconvert --debug ...) and report the traceback")
-        return EXIT_FAILED
+    outcome = outcome_of(call)
+    if outcome.what:
+        show_error(outcome.what, outcome.why, outcome.next_step)
+    return outcome.code

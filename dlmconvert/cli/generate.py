@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from dlmconvert.cli.trace_page import TraceWatcher
 
 _ROWS_AT_ONCE = 8
-_ORDERS = ("random", "confidence", "entropy", "margin")  # names of sampling/order.py, without importing torch for --help
+# Names of sampling/order.py and sampling/budget.py, without importing torch for --help.
+_ORDERS = ("random", "confidence", "entropy", "margin", "left_to_right", "first_hitting")
+_BUDGETS = ("even", "ancestral", "bernoulli", "dream", "llada")
 _DEFAULTS = {"max_new_tokens": 64, "steps": 64, "alg": "random", "temperature": 0.95, "top_p": 0.9, "top_k": None}  # arXiv 2410.17891
 
 Model = Annotated[str | None, typer.Argument(help="Run folder, model folder or exported folder; the latest run in ./runs when left out.")]
@@ -26,7 +28,18 @@ Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prom
 PromptsFile = Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines with a field `prompt` (.jsonl).")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to generate after the prompt.", min=1)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps; fewer are faster and coarser.", min=1)]
-Order = Annotated[str | None, typer.Option(help="Which positions settle first: random, confidence, entropy or margin.")]
+Order = Annotated[str | None, typer.Option(help=f"Which positions settle first: {', '.join(_ORDERS)}.")]
+Budget = Annotated[str | None, typer.Option(help=f"How many settle at a step, whatever the model says: {', '.join(_BUDGETS)}.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Settle all that the model is at least this sure of (0.9), instead of fixed steps.", min=0.0)
+]
+Factor = Annotated[
+    float | None, typer.Option(help="Fast-dLLM's factor rule (0.7 to 1.9; larger is faster), instead of fixed steps.", min=0.0)
+]
+EntropyBound = Annotated[float | None, typer.Option(help="EB-Sampler's bound in nats (0.001 to 1), instead of fixed steps.", min=0.0)]
+BlockLength = Annotated[int | None, typer.Option(help="Fill block after block from the left, this many tokens each.", min=1)]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, tokens that stand in the text already become less probable.")]
+CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance, 0 is off; twice the forwards.", min=0.0)]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token.", min=0.0)]
 TopP = Annotated[float | None, typer.Option(help="Keep the most probable tokens that together have this probability; 1 keeps all.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the most probable tokens; 0 keeps all.", min=0)]
@@ -45,9 +58,16 @@ def sample(
     max_new_tokens: MaxNewTokens = None,
     steps: Steps = None,
     order: Order = None,
+    budget: Budget = None,
+    threshold: Threshold = None,
+    factor: Factor = None,
+    entropy_bound: EntropyBound = None,
+    block_length: BlockLength = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    cfg_scale: CfgScale = None,
     seed: Seed = 0,
     num_samples: NumSamples = 1,
     trace: Trace = False,
@@ -56,7 +76,10 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Continue prompts (or an empty one) by denoising a canvas of masked tokens."""
-    asked = {"steps": steps, "alg": order, "temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    asked = _asked(
+        steps, order, temperature, top_p, top_k, budget, threshold, factor, entropy_bound, block_length, repetition_penalty, cfg_scale
+    )
+    asked |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     texts = [*(prompt or []), *_read_prompts(prompts_file)] or [""]
     _generate("sample", model, texts, asked, seed, num_samples, trace, trace_html, as_json, device)
 
@@ -68,9 +91,16 @@ def infill(
     prompts_file: PromptsFile = None,
     steps: Steps = None,
     order: Order = None,
+    budget: Budget = None,
+    threshold: Threshold = None,
+    factor: Factor = None,
+    entropy_bound: EntropyBound = None,
+    block_length: BlockLength = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    cfg_scale: CfgScale = None,
     seed: Seed = 0,
     num_samples: NumSamples = 1,
     trace: Trace = False,
@@ -81,21 +111,38 @@ def infill(
     """Fill the gaps of a text, with both sides in view: dlmconvert infill "def f(x):[[MASK:24]]    return y"."""
     if text is None and model is not None and "[[" in model:
         model, text = None, model  # MODEL was left out
-    asked = {"steps": steps, "alg": order, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    asked = _asked(
+        steps, order, temperature, top_p, top_k, budget, threshold, factor, entropy_bound, block_length, repetition_penalty, cfg_scale
+    )
     texts = [*([] if text is None else [text]), *(prompt or []), *_read_prompts(prompts_file)]
     if not texts:
         raise UserError("no text to fill", "", 'give one with a gap: dlmconvert infill "Once upon a time[[MASK:16]] happily."')
     _generate("infill", model, texts, asked, seed, num_samples, trace, trace_html, as_json, device)
 
 
+def _asked(
+    steps, alg, temperature, top_p, top_k, budget, threshold, factor, entropy_bound, block_length, repetition_penalty, cfg_scale
+) -> dict[str, Any]:
+    """The sampler's options that were typed. Raises UserError for a name that does not exist."""
+    asked = {name: value for name, value in locals().items() if value is not None}
+    for option, value, valid in (("order", alg, _ORDERS), ("budget", budget, _BUDGETS)):
+        if value is not None and value not in valid:
+            raise UserError(f"--{option} {value} is no {option}", nearest(value, valid))
+    return asked
+
+
 @dataclass
 class _Row:
-    """One sample to make: `tokens` has None where it is to be filled, `num_start` start tokens in front are not shown."""
+    """One sample to make: `tokens` has None where it is to be filled, `num_start` start tokens in front are not shown.
+
+    num_filled: of the tokens to be filled, those that were; fewer when the text ended early.
+    """
 
     prompt: str
     tokens: list[int | None]
     num_start: int
     number: int
+    num_filled: int = 0
 
     @property
     def num_masked(self) -> int:
@@ -104,8 +151,6 @@ class _Row:
 
 def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, as_json, device) -> None:
     """Load, sample batch by batch, show."""
-    if asked["alg"] is not None and asked["alg"] not in _ORDERS:
-        raise UserError(f"--order {asked['alg']} is no order", nearest(asked["alg"], _ORDERS))
     if trace_html is not None and trace_html.exists():
         raise UserError(f"{trace_html} exists already", "nothing is overwritten", "name another file for --trace-html, or remove this one")
     parts = [_parts(verb, text) for text in texts]
@@ -114,6 +159,7 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, a
     from dlmconvert.cli.console import console
     from dlmconvert.cli.trace_page import TraceWatcher
     from dlmconvert.runs.folder import find_model
+    from dlmconvert.sampling.api import SAVED_OPTIONS, with_defaults
 
     location = find_model(model)
     if location.note:
@@ -121,58 +167,52 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, a
     with console.status("loading the model"):
         denoiser = load_denoiser(location.path, device=device)
     saved = _saved_settings(location.path)
-    settings = {name: saved.get(name, default) if asked.get(name) is None else asked[name] for name, default in _DEFAULTS.items()}
+    settings = with_defaults(asked, {**_DEFAULTS, **{name: saved[name] for name in SAVED_OPTIONS if name in saved}})
+    eos = settings.setdefault("eos_token_id", denoiser.tokenizer.eos_token_id)
     rows = []
     for text, text_parts in zip(texts, parts, strict=True):
         tokens, num_start = _encode(verb, text, text_parts, settings["max_new_tokens"], denoiser)
         rows += [_Row(text, tokens, num_start, number) for number in range(num_samples)]
-    eos = saved.get("eos_token_id", denoiser.tokenizer.eos_token_id)
-    watcher = TraceWatcher(denoiser.tokenizer, settings["steps"], trace, trace_html is not None)
+    watcher = TraceWatcher(denoiser.tokenizer, settings.get("steps"), trace, trace_html is not None)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[start : start + _ROWS_AT_ONCE]
         began = time.perf_counter()
-        filled, nfe = _fill(verb, denoiser, batch, settings, seed, eos, watcher)
+        filled, nfe = _fill(verb, denoiser, batch, settings, seed, watcher)
         seconds = time.perf_counter() - began
         for place, (row, tokens) in enumerate(zip(batch, filled, strict=True)):
             _show(verb, denoiser.tokenizer, row, tokens, eos, seed, nfe, seconds / len(batch), as_json, first=start + place == 0)
         if not as_json:
-            made = sum(row.num_masked for row in batch)
+            made = sum(row.num_filled for row in batch)
             console.print(f"{made} tokens in {nfe} forwards, {made / seconds:.0f} tokens/s, seed {seed}", style="dim", highlight=False)
     if trace_html is not None:
         _write_page(trace_html, location.path, verb, settings, seed, watcher)
         console.print(f"trace: {trace_html}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _fill(verb, denoiser, batch: list[_Row], settings, seed, eos, watcher) -> tuple[list[list[int]], int]:
+def _fill(verb, denoiser, batch: list[_Row], settings, seed, watcher) -> tuple[list[list[int]], int]:
     """(rows of tokens, forwards). A row's draws are keyed by its sample number, so a prompt of a file gives what it gives alone."""
+    from dlmconvert.sampling.api import OPTIONS, Options
     from dlmconvert.sampling.canvas import build_canvas
     from dlmconvert.sampling.denoise import denoise
 
-    banned = [] if verb == "sample" or eos is None else [eos] if isinstance(eos, int) else list(eos)
     try:
+        options = Options(**{name: value for name, value in settings.items() if name in OPTIONS}, seed=seed)
         canvas = build_canvas([row.tokens for row in batch], 0, denoiser.device, [row.number for row in batch])
-        steps = denoise(
-            denoiser,
-            canvas,
-            num_steps=settings["steps"],
-            order=_ORDER_OF_ALG.get(settings["alg"], settings["alg"]),
-            temperature=settings["temperature"],
-            top_p=settings["top_p"],
-            top_k=settings["top_k"] or None,
-            seed=seed,
-            banned_ids=banned,
-        )
+        # Text follows a gap, so it must not end there.
+        ends = {"end_ids": options.ends} if verb == "sample" else {"banned_ids": options.ends}
+        steps = denoise(denoiser, canvas, **options.of_the_loop(), **ends)
     except ValueError as error:
         raise UserError(str(error)) from error
     nfe, tokens_BL = 0, canvas.tokens_BL
+    filled_B = canvas.masked_BL.sum(dim=1)
     with watcher.watching(batch):
         for step in steps:
             nfe, tokens_BL = step.nfe, step.tokens_BL
+            filled_B = filled_B - step.given_back_BL.sum(dim=1)
             watcher.see(step)
+    for row, num_filled in zip(batch, filled_B.tolist(), strict=True):
+        row.num_filled = num_filled
     return canvas.rows(tokens_BL), nfe
-
-
-_ORDER_OF_ALG = {"origin": "random", "maskgit_plus": "confidence", "topk_margin": "margin"}  # Dream's names in a generation config
 
 
 def _parts(verb: str, text: str) -> list[str | int]:
@@ -220,8 +260,8 @@ def _show(verb, tokenizer, row: _Row, tokens: list[int], eos, seed, nfe, seconds
     if as_json:
         filled = [piece for piece, generated in pieces if generated]
         result = {"prompt": row.prompt, "text": text, "generated": filled, "sample": row.number}
-        numbers = {"num_tokens": row.num_masked, "nfe": nfe, "tokens_per_forward": round(row.num_masked / max(nfe, 1), 3)}
-        out(json.dumps({**result, "seed": seed, **numbers, "tokens_per_second": round(row.num_masked / seconds, 1)}))
+        numbers = {"num_tokens": row.num_filled, "nfe": nfe, "tokens_per_forward": round(row.num_filled / max(nfe, 1), 3)}
+        out(json.dumps({**result, "seed": seed, **numbers, "tokens_per_second": round(row.num_filled / seconds, 1)}))
         return
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         text = "".join(f"\x1b[32m{piece}\x1b[0m" if generated else piece for piece, generated in pieces)
@@ -265,8 +305,9 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
 def _write_page(path: Path, model: Path, verb: str, settings: dict[str, Any], seed: int, watcher: TraceWatcher) -> None:
     from dlmconvert.cli.trace_page import render_trace_page
 
-    shown = {name: value for name, value in settings.items() if value is not None and (verb == "sample" or name != "max_new_tokens")}
-    page = render_trace_page(str(model), {**shown, "seed": seed}, settings["steps"], watcher.kept)
+    hidden = ("eos_token_id", "pad_token_id", *(() if verb == "sample" else ("max_new_tokens",)))
+    shown = {name: value for name, value in settings.items() if value is not None and name not in hidden}
+    page = render_trace_page(str(model), {**shown, "seed": seed}, watcher.steps_seen, watcher.kept)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys, as in train.steps=200.")]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, metavar="N", help="Train in N processes of this machine: one a GPU; on the CPU too. More than one means DeepSpeed.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run folder beside the old one; nothing is deleted.")]
 
 
@@ -15,49 +16,97 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe name, recipe file, Hub id, or checkpoint folder.")],
     overrides: Overrides = None,
     fresh: Fresh = False,
+    processes: Processes = None,
 ) -> None:
     """Every stage of a recipe, each resumable."""
-    _run_recipe(recipe, overrides or [], fresh, None)
+    _run_recipe(recipe, overrides or [], fresh, None, processes)
 
 
 def adapt(
     recipe: Annotated[str, typer.Argument(help="Recipe name, recipe file, Hub id, or checkpoint folder.")],
     overrides: Overrides = None,
     fresh: Fresh = False,
+    processes: Processes = None,
 ) -> None:
     """Turn the AR model into a diffusion model (prepares it first)."""
-    _run_recipe(recipe, overrides or [], fresh, ["adapt"])
+    _run_recipe(recipe, overrides or [], fresh, ["adapt"], processes)
 
 
-def _run_recipe(what: str, overrides: list[str], fresh: bool, targets: list[str] | None) -> None:
-    from dlmconvert.cli.console import ConsoleReporter, console
+def _run_recipe(what: str, overrides: list[str], fresh: bool, targets: list[str] | None, processes: int | None) -> None:
     from dlmconvert.recipe.load import load_recipe
     from dlmconvert.runs.folder import new_or_latest
-    from dlmconvert.runs.runner import run_stages
 
-    loaded = load_recipe(what, overrides)
-    folder = new_or_latest(loaded, fresh)
-    reporter = ConsoleReporter()
-    console.print(f"run folder {folder.path}")
-    worked = run_stages(folder, loaded, targets or [*loaded.stages, "report"], reporter, overrides)
-    _show_result(folder, worked)
+    def find(words):
+        loaded = load_recipe(what, words)
+        return new_or_latest(loaded, fresh), loaded
+
+    def begin(words):
+        from dlmconvert.cli.console import console
+
+        folder, loaded = find(words)
+        console.print(f"run folder {folder.path}")
+        return folder, loaded, targets or [*loaded.stages, "report"]
+
+    _in_ranks(processes, overrides, find, begin)
+
+
+def _in_ranks(processes: int | None, overrides: list[str], find, begin) -> None:
+    """Run stages in this process, or in as many as asked for: started here, or by torchrun, srun, mpirun.
+
+    find(overrides) -> (run folder, recipe). begin(overrides) -> (run folder, recipe, targets), having said which folder it is.
+    """
+    import os
+
+    from dlmconvert.cli.console import ConsoleReporter
+    from dlmconvert.cli.outcome import Told, outcome_of
+    from dlmconvert.recipe.load import dump_recipe
+    from dlmconvert.runs.engines import engine_words
+    from dlmconvert.runs.launch import follow, joined, launch
+    from dlmconvert.runs.runner import run_stages
+    from dlmconvert.training.ranks import Place, check_place, place_of
+
+    place = place_of(os.environ)
+    check_place(place, processes)
+    if place is None and (processes or 1) > 1:
+        outcome = launch(processes, lambda: outcome_of(lambda: _in_ranks(processes, overrides, find, begin)))
+        if outcome.code:
+            raise Told(outcome)
+        return
+    place = place or Place()
+    words = engine_words(*find(overrides), overrides, place.count, processes)
+    with joined(place, dump_recipe(find(words)[1])) as ranks:
+        if ranks.rank > 0:
+            return follow(ranks)
+        reporter = ConsoleReporter()
+        folder, recipe, targets = begin(words)
+        if words != overrides:
+            reporter.say(f"{place.count} processes: engine.name=deepspeed (the recipe says single)" if place.count > 1 else "engine.name=deepspeed, as this run was begun")
+        worked = run_stages(folder, recipe, targets, reporter, words, ranks)
+        _show_result(folder, worked)
 
 
 def sft(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RUN] [KEY=VALUE ...]", help="Run folder or name (default: the latest), then keys.")] = None,
+    processes: Processes = None,
 ) -> None:
     """Fine-tune the adapted model on conversations: only the answers are masked and scored."""
-    from dlmconvert.cli.console import ConsoleReporter, console
     from dlmconvert.runs.folder import find_run
-    from dlmconvert.runs.runner import run_stages, with_overrides
+    from dlmconvert.runs.runner import with_overrides
 
     name, overrides = split_words(words or [])
-    folder, which = find_run(name)
-    console.print(f"run folder {folder.path}" + ("" if name else f" ({which.split(',')[0]})"))
-    recipe = with_overrides(folder, overrides)
-    reporter = ConsoleReporter()
-    worked = run_stages(folder, recipe, ["sft"], reporter, overrides)
-    _show_result(folder, worked)
+
+    def find(words):
+        folder, _ = find_run(name)
+        return folder, with_overrides(folder, words)
+
+    def begin(words):
+        from dlmconvert.cli.console import console
+
+        folder, which = find_run(name)
+        console.print(f"run folder {folder.path}" + ("" if name else f" ({which.split(',')[0]})"))
+        return folder, with_overrides(folder, words), ["sft"]
+
+    _in_ranks(processes, overrides, find, begin)
 
 
 def export(

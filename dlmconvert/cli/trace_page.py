@@ -15,24 +15,24 @@ class RowTrace:
     """What happened to one row.
 
     cells: (text, is it given) of each position. settled: one entry a step that committed something: (step, forwards so far,
-    [(position, text, confidence), ...]).
+    [(position, text, confidence), ...]); the confidence of a position behind the end of the text, which stays empty, is None.
     """
 
     cells: list[tuple[str, bool]]
-    settled: list[tuple[int, int, list[tuple[int, str, float]]]] = field(default_factory=list)
+    settled: list[tuple[int, int, list[tuple[int, str, float | None]]]] = field(default_factory=list)
 
 
 class TraceWatcher:
     """Follows the denoising for --trace (redrawn on a terminal, a line a step elsewhere) and --trace-html."""
 
-    def __init__(self, tokenizer: Any, num_steps: int, show: bool, keep: bool):
+    def __init__(self, tokenizer: Any, num_steps: int | None, show: bool, keep: bool):
         self.tokenizer, self.num_steps, self.show, self.keep = tokenizer, num_steps, show, keep
-        self.rows, self.texts, self.kept, self.live = [], {}, [], None
+        self.rows, self.texts, self.kept, self.live, self.steps_seen, self.empty_BL = [], {}, [], None, 0, None
 
     def watching(self, batch: list[Any]):
         from dlmconvert.cli.console import console
 
-        self.rows = batch
+        self.rows, self.empty_BL = batch, None
         if self.keep:
             for row in batch:
                 self.kept.append(RowTrace([("" if t is None else self._text(t), t is not None) for t in row.tokens[row.num_start :]]))
@@ -44,18 +44,21 @@ class TraceWatcher:
         return nullcontext()
 
     def see(self, step: Any) -> None:
+        self.steps_seen = max(self.steps_seen, step.index + 1)
+        self.empty_BL = step.given_back_BL if self.empty_BL is None else self.empty_BL | step.given_back_BL
         if self.keep:
             self._remember(step)
         if self.show and (self.live is not None or bool(step.committed_BL.any())):
             self._draw(step)
 
     def _remember(self, step: Any) -> None:
-        for row, trace, committed_L, tokens_L, confidence_L in zip(
-            self.rows, self.kept[-len(self.rows) :], step.committed_BL, step.tokens_BL, step.confidence_BL, strict=True
-        ):
+        traces = self.kept[-len(self.rows) :]
+        state = (step.committed_BL, step.given_back_BL, step.tokens_BL, step.confidence_BL)
+        for row, trace, committed_L, given_back_L, tokens_L, confidence_L in zip(self.rows, traces, *state, strict=True):
             places = committed_L.nonzero()[:, 0].tolist()
-            if places:
-                events = [(p - row.num_start, self._text(int(tokens_L[p])), round(float(confidence_L[p]), 4)) for p in places]
+            events = [(p - row.num_start, self._text(int(tokens_L[p])), round(float(confidence_L[p]), 4)) for p in places]
+            events += [(p - row.num_start, "", None) for p in given_back_L.nonzero()[:, 0].tolist()]
+            if events:
                 trace.settled.append((step.index, step.nfe, events))
 
     def _draw(self, step: Any) -> None:
@@ -63,15 +66,16 @@ class TraceWatcher:
 
         from dlmconvert.cli.console import console
 
-        head = f"step {step.index + 1}/{self.num_steps}, {step.nfe} forwards, {int(step.masked_BL.sum())} masked"
+        of = "" if self.num_steps is None else f"/{self.num_steps}"
+        head = f"step {step.index + 1}{of}, {step.nfe} forwards, {int(step.masked_BL.sum())} masked"
         canvases = []
-        state = (step.tokens_BL.tolist(), step.masked_BL.tolist(), step.committed_BL.tolist())
-        for row, tokens_L, masked_L, committed_L in zip(self.rows, *state, strict=True):
+        state = (step.tokens_BL.tolist(), step.masked_BL.tolist(), step.committed_BL.tolist(), self.empty_BL.tolist())
+        for row, tokens_L, masked_L, committed_L, empty_L in zip(self.rows, *state, strict=True):
             canvas = Text()
             for place in range(row.num_start, len(row.tokens)):
                 if masked_L[place]:
                     canvas.append("_", style="dim")
-                else:
+                elif not empty_L[place]:
                     style = "bold reverse green" if committed_L[place] else "green" if row.tokens[place] is None else ""
                     canvas.append(self._text(tokens_L[place]), style=style)
             canvases.append(canvas)
@@ -189,6 +193,10 @@ function draw(shown) {
       }
       settled += 1;
       const [text, confidence, step] = known;
+      if (confidence === null) {
+        cell.className = "empty"; cell.textContent = ""; cell.style.background = ""; cell.title = "position " + position + ": after the end";
+        return;
+      }
       cell.className = step === shown - 1 ? "settled fresh" : "settled";
       cell.textContent = text;
       cell.style.background = "hsl(" + Math.round(120 * confidence) + " 75% 50% / .3)";

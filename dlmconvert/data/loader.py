@@ -2,7 +2,7 @@
 
 A batch does not depend on the number of processes, on accumulation, or on where a run was interrupted. Global slot
 n = step * rows_per_step + row decides which row of which source is read; the noise level comes from (seed, step), the mask
-from (seed, source, epoch, row, position).
+from (seed, source, epoch, row, position). In complementary pairs, rows 2j and 2j + 1 of the global batch share a slot.
 
 Shapes: N slots, B rows, L tokens a row.
 """
@@ -18,12 +18,18 @@ import torch
 
 from dlmconvert.data.rows import Rows, RowStore
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.corruption import mask_tokens
+from dlmconvert.diffusion.corruption import complement, draw_masks
 from dlmconvert.diffusion.randomness import MASK, SOURCE_CHOICE, counter_uniform, permutation
 from dlmconvert.diffusion.schedules import noise_levels
 
 PERIOD = 1000
 """Slots in which every source of a mixture gets exactly its share."""
+
+COUNTED_ROWS = 256
+"""Rows whose masks are counted at a time."""
+
+Ids = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Source, epoch and row index of each row of a batch, int64 (B,)."""
 
 
 class Mixture:
@@ -109,7 +115,7 @@ class Batch:
     """Some rows of the global batch of a step.
 
     x_0_BL, x_t_BL int64: clean and noised tokens. masked_BL bool: the targets. eligible_BL bool: what might have been masked.
-    t_B float32: noise levels. segments_BL int64: document numbers, None where every row is one document.
+    t_B float32: noise levels, or what takes their place in the weight 1/t (see diffusion/corruption.py). segments_BL int64: document numbers, None where every row is one document.
     positions_BL int64: position ids. row_ids: (source, epoch, row) of each row, for error messages.
     """
 
@@ -128,8 +134,11 @@ class BatchStream:
     """The noised batches of a stage.
 
     rows_per_step: rows of the global batch. corruption_kind: `masking`, or `none` (nothing is masked, every eligible token is
-    a target, t = 1). eps, noise_levels: see `diffusion.schedules.noise_levels`. alignment: `shift` takes the first token of a
-    document out of the eligible ones before masking, so it stays clean. isolated: position ids restart with each document.
+    a target, t = 1). eps, band, noise_levels: levels in [eps, 1] or in the band, see `diffusion.schedules.noise_levels`. count:
+    `bernoulli`, `at_least_one` or `exact` (levels from 0, where there is no band), see `diffusion.corruption.draw_masks`. views:
+    `single`, or `complementary`: rows 2j and 2j + 1 are one row, and what one masks the other shows (levels in [eps, 1 - eps], so
+    that both weights are bounded). alignment: `shift` takes the first token of a document out of the eligible ones before masking,
+    so it stays clean. isolated: position ids restart with each document.
     """
 
     def __init__(
@@ -144,13 +153,22 @@ class BatchStream:
         mask_token_id: int,
         alignment: str,
         isolated: bool,
+        band: tuple[float, float] | None = None,
+        count: str = "bernoulli",
+        views: str = "single",
     ):
         assert corruption_kind in ("masking", "none"), corruption_kind
+        assert views == "single" or (views == "complementary" and rows_per_step % 2 == 0 and count == "bernoulli"), (views, rows_per_step, count)
         self.mixture = mixture
         self.rows_per_step = rows_per_step
         self._seed = seed
         self._kind = corruption_kind
-        self._eps = eps
+        self._rows_per_slot = 2 if views == "complementary" else 1
+        if band is not None:
+            self._low, self._high = band
+        else:
+            self._low, self._high = (0.0 if count == "exact" else eps), (1.0 - eps if views == "complementary" else 1.0)
+        self._count = count
         self._noise_levels = noise_levels
         self._mask_token_id = mask_token_id
         self._alignment = alignment
@@ -162,17 +180,11 @@ class BatchStream:
         """Rows [start, stop) of the global batch of optimizer step `step` (both from 0)."""
         stop = self.rows_per_step if stop is None else stop
         assert 0 <= start < stop <= self.rows_per_step, (start, stop, self.rows_per_step)
-        ids = self.mixture.slots(step * self.rows_per_step + start, stop - start)
+        ids = self._ids(step, start, stop)
         rows = self._read(*ids)
         eligible_BL = rows.eligible_BL & predictable(rows.segments_BL, self._alignment)
-        if self._kind == "none":
-            t_B = torch.ones(stop - start)
-            x_t_BL, masked_BL = rows.tokens_BL, eligible_BL
-        else:
-            t_B = noise_levels(self._seed, step, self.rows_per_step, self._eps, self._noise_levels)[start:stop]
-            source_B1, epoch_B1, row_B1 = (torch.from_numpy(column)[:, None] for column in ids)
-            u_BL = counter_uniform(MASK, self._seed, source_B1, epoch_B1, row_B1, torch.arange(self.mixture.row_length))
-            x_t_BL, masked_BL = mask_tokens(rows.tokens_BL, eligible_BL, t_B, u_BL, self._mask_token_id)
+        masked_BL, t_B = self._masks(step, start, stop, ids, eligible_BL)
+        x_t_BL = rows.tokens_BL if self._kind == "none" else rows.tokens_BL.masked_fill(masked_BL, self._mask_token_id)
         return Batch(
             step=step,
             x_0_BL=rows.tokens_BL,
@@ -190,13 +202,50 @@ class BatchStream:
         stores = self.mixture.stores
         if not self._has_segments and all(store.all_eligible for store in stores):
             return self.rows_per_step * (self.mixture.row_length - (self._alignment == "shift"))
-        sources_N, _, rows_N = self.mixture.slots(step * self.rows_per_step, self.rows_per_step)
+        return int(self._eligible(self._ids(step, 0, self.rows_per_step)).sum())
+
+    def num_masked(self, step: int) -> int:
+        """Masked tokens of the whole global batch, a divisor of published losses; every rank draws all masks anew, without tokens."""
         total = 0
-        for source in np.unique(sources_N):
-            indices = rows_N[sources_N == source]
-            allowed_BL = predictable(stores[source].segments(indices), self._alignment)
-            total += int((stores[source].eligible(indices) & allowed_BL).sum())
+        for start in range(0, self.rows_per_step, COUNTED_ROWS):
+            stop = min(start + COUNTED_ROWS, self.rows_per_step)
+            ids = self._ids(step, start, stop)
+            total += int(self._masks(step, start, stop, ids, self._eligible(ids))[0].sum())
         return total
+
+    def _ids(self, step: int, start: int, stop: int) -> Ids:
+        """(source, epoch, row) of the rows [start, stop) of the global batch."""
+        slots_B = (step * self.rows_per_step + np.arange(start, stop)) // self._rows_per_slot
+        sources_N, epochs_N, rows_N = self.mixture.slots(int(slots_B[0]), int(slots_B[-1] - slots_B[0]) + 1)
+        places_B = slots_B - slots_B[0]
+        return sources_N[places_B], epochs_N[places_B], rows_N[places_B]
+
+    def _masks(self, step: int, start: int, stop: int, ids: Ids, eligible_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(masked_BL, t_B): the targets of the rows [start, stop), and the t of their weight 1/t."""
+        if self._kind == "none":
+            return eligible_BL, torch.ones(stop - start)
+        num_levels = self.rows_per_step // self._rows_per_slot
+        levels = noise_levels(self._seed, step, num_levels, self._low, self._noise_levels, self._high)
+        rows_B = torch.arange(start, stop)
+        t_B = levels[rows_B // self._rows_per_slot]
+        source_B1, epoch_B1, row_B1 = (torch.from_numpy(column)[:, None] for column in ids)
+        u_BL = counter_uniform(MASK, self._seed, source_B1, epoch_B1, row_B1, torch.arange(self.mixture.row_length))
+        masked_BL, t_B = draw_masks(eligible_BL, t_B, u_BL, self._count)
+        if self._rows_per_slot == 1:
+            return masked_BL, t_B
+        second_B = rows_B % 2 == 1
+        other_BL, other_t_B = complement(eligible_BL, masked_BL, t_B)
+        return torch.where(second_B[:, None], other_BL, masked_BL), torch.where(second_B, other_t_B, t_B)
+
+    def _eligible(self, ids: Ids) -> torch.Tensor:
+        """bool (B, L): what may be masked in these rows, without reading their tokens."""
+        sources_B, _, rows_B = ids
+        eligible_BL = torch.empty((len(rows_B), self.mixture.row_length), dtype=torch.bool)
+        for source in np.unique(sources_B):
+            here_B = sources_B == source
+            store, indices = self.mixture.stores[source], rows_B[here_B]
+            eligible_BL[torch.from_numpy(here_B)] = store.eligible(indices) & predictable(store.segments(indices), self._alignment)
+        return eligible_BL
 
     def _read(self, sources_B: np.ndarray, epochs_B: np.ndarray, rows_B: np.ndarray) -> Rows:
         shape = (len(rows_B), self.mixture.row_length)

@@ -23,15 +23,17 @@ class AttentionContext:
 
     open_ratio: share of the non-causal pairs that is open; 0 is causal attention, 1 fully bidirectional.
     seed, step: key of the drawn pairs; one draw a step, shared by rows, heads and layers (arXiv 2410.17891).
-        These three are numbers; only a compiled kernel sees them as tensors of no dimension.
     segments_BL: document number of each position, or None when all positions of a row belong together. Padding is a
         document of its own, so a padding query keeps itself as a key and softmax stays finite.
+    look_ahead: the furthest key that a query sees lies so many positions ahead of it; None is no limit.
+        The numbers are tensors of no dimension only inside a compiled kernel.
     """
 
     open_ratio: float | torch.Tensor = 1.0
     seed: int | torch.Tensor = 0
     step: int | torch.Tensor = 0
     segments_BL: torch.Tensor | None = None
+    look_ahead: int | torch.Tensor | None = None
 
 
 CAUSAL = AttentionContext(open_ratio=0.0)
@@ -39,18 +41,19 @@ BIDIRECTIONAL = AttentionContext(open_ratio=1.0)
 
 
 def pair_open(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-    """The annealed pattern without documents: causal OR drawn.
+    """The annealed pattern without documents: causal OR (near AND drawn).
 
-    The causal part is always open. A future key is open when the hash of (seed, step, query, key) falls below the ratio:
-    no L x L matrix is stored or sent, and every rank and backend draws the same pairs.
+    The causal part is always open. A future key is open when it lies within `look_ahead` and the hash of (seed, step, query,
+    key) falls below the ratio: no L x L matrix is stored or sent, and every rank and backend draws the same pairs.
     """
     causal = key <= query
+    near = key > query if context.look_ahead is None else (key > query) & (key <= query + context.look_ahead)
     if isinstance(context.open_ratio, float):  # shortcuts; the draw is in [0, 1), so the rule below says the same
         if context.open_ratio <= 0:
             return causal
         if context.open_ratio >= 1:
-            return causal | (key > query)
-    return causal | (counter_uniform(ATTENTION_PAIR, context.seed, context.step, query, key) < context.open_ratio)
+            return causal | near
+    return causal | (near & (counter_uniform(ATTENTION_PAIR, context.seed, context.step, query, key) < context.open_ratio))
 
 
 def allowed(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -87,7 +90,7 @@ def realise(
     dtype: of the hidden states. A dense mask is boolean for sdpa and additive (0 / lowest finite number) for all others:
     eager adds the mask to the scores, where a boolean one would silently do nothing.
     """
-    if context.segments_BL is None and context.open_ratio in (0.0, 1.0):
+    if context.segments_BL is None and (context.open_ratio == 0.0 or (context.open_ratio == 1.0 and context.look_ahead is None)):
         return RealisedAttention(mask=None, is_causal=context.open_ratio == 0.0)
     if implementation == "flex_attention":
         return RealisedAttention(mask=_block_mask(context, length, device), is_causal=False)
@@ -113,6 +116,7 @@ def _block_mask(context: AttentionContext, length: int, device: torch.device | s
         open_ratio=torch.tensor(context.open_ratio, dtype=torch.float32 if torch.device(device).type == "mps" else torch.float64, device=device),
         seed=torch.tensor(context.seed, device=device),
         step=torch.tensor(context.step, device=device),
+        look_ahead=None if context.look_ahead is None else torch.tensor(context.look_ahead, device=device),
     )
 
     def mask_mod(batch, head, query, key):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from dlmconvert.diffusion.corruption import smallest_draws
 from dlmconvert.diffusion.objective import cross_entropy
 from dlmconvert.diffusion.randomness import LIKELIHOOD, counter_uniform
 
@@ -31,9 +32,7 @@ def random_subset(targets_BL: torch.Tensor, counts_B: torch.Tensor, row_keys_B: 
     """bool (B, L): exactly l of each row's targets, uniformly, keyed by row and draw."""
     positions_L = torch.arange(targets_BL.shape[1], device=targets_BL.device)
     u_BL = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, positions_L[None, :])
-    u_BL = u_BL.masked_fill(~targets_BL, 2.0)
-    rank_BL = u_BL.argsort(dim=1).argsort(dim=1)
-    return targets_BL & (rank_BL < counts_B[:, None])
+    return smallest_draws(targets_BL, counts_B, u_BL)
 
 
 def nelbo_draw(

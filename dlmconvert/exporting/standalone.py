@@ -15,10 +15,8 @@ import torch
 
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
-from dlmconvert.sampling.api import DiffusionOutput, diffusion_generate, infill
+from dlmconvert.sampling.api import SAVED_OPTIONS, DiffusionOutput, diffusion_generate, infill, with_defaults
 from dlmconvert.sampling.text import encode_row, parse_gaps
-
-_SAMPLER_DEFAULTS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg", "eos_token_id", "pad_token_id")
 
 
 class BidirectionalMixin:
@@ -76,8 +74,11 @@ class DiffusionMixin(BidirectionalMixin):
 
     def diffusion_generate(self, inputs: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
         """Continue each prompt by denoising. Keywords of Dream's sampler: max_new_tokens, steps, temperature, top_p, top_k,
-        alg (origin, maskgit_plus, topk_margin, entropy), seed, output_history, return_dict_in_generate and the two hooks; what is
-        left out comes from generation_config.json. After the first end token there is padding (eos_token_id=None: everything stays).
+        alg (origin, maskgit_plus, topk_margin, entropy, left_to_right, first_hitting), alg_temp, seed, output_history,
+        return_dict_in_generate and the two hooks. How many tokens a step commits: steps, or threshold=, factor=, entropy_bound=
+        (at most one; they look at how sure the model is) or budget=. And block_length=, repetition_penalty=, cfg_scale=.
+        `Options` in api.py explains them all; what is left out comes from generation_config.json. After the first end token there
+        is padding, and a row that has reached it costs no more forwards (eos_token_id=None: everything is filled and stays).
 
         inputs: token ids (B, L); `input_ids=` is accepted as well, so `diffusion_generate(**tokenizer(...))` works.
         """
@@ -86,7 +87,7 @@ class DiffusionMixin(BidirectionalMixin):
         inputs = input_ids if inputs is None else inputs
         if inputs is None:
             raise ValueError("diffusion_generate needs `inputs`: token ids of shape (rows, length)")
-        return diffusion_generate(_Predictor(self), inputs, attention_mask, **{**self._sampler_defaults(), **kwargs})
+        return diffusion_generate(_Predictor(self), inputs, attention_mask, **with_defaults(kwargs, self._sampler_defaults()))
 
     def infill(self, rows: Any, tokenizer: Any = None, **kwargs: Any):
         """Fill gaps, seeing both sides.
@@ -102,7 +103,7 @@ class DiffusionMixin(BidirectionalMixin):
         encoded = [encode_row(tokenizer, parse_gaps(text)) for text in texts] if as_text else [(row, 0) for row in texts]
         defaults = self._sampler_defaults()
         defaults.pop("max_new_tokens", None)
-        filled = infill(_Predictor(self), [row for row, _ in encoded], **{**defaults, **kwargs})
+        filled = infill(_Predictor(self), [row for row, _ in encoded], **with_defaults(kwargs, defaults))
         if not as_text:
             return filled
         output = filled if isinstance(filled, DiffusionOutput) else None
@@ -130,7 +131,7 @@ class DiffusionMixin(BidirectionalMixin):
 
     def _sampler_defaults(self) -> dict[str, Any]:
         config = getattr(self, "generation_config", None)
-        values = {name: getattr(config, name, None) for name in _SAMPLER_DEFAULTS}
+        values = {name: getattr(config, name, None) for name in SAVED_OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import typing
 from pathlib import Path
@@ -51,7 +52,13 @@ def load_recipe(what: str, overrides: list[str] | None = None) -> Recipe:
     schema's defaults. Raises UserError that lists every mistake.
     """
     values = _read(what)
-    for word in overrides or []:
+    words = overrides or []
+    named = [word.partition("=")[2] for word in words if word.startswith("method.name=")]
+    method = values.get("method")
+    if named and isinstance(method, dict) and method.get("name", "diffullama") != named[-1]:
+        # Another method: the choices that the file made for its own (an annealing schedule, say) do not carry over.
+        values["method"] = {}
+    for word in words:
         set_key(values, word)
     return validate(values, what)
 
@@ -66,7 +73,7 @@ def _read(what: str) -> dict[str, Any]:
         return parse_yaml(recipe_text(what), what)
     if path.is_dir() or "/" in what:
         values = parse_yaml(recipe_text("default"), "default")
-        values["name"] = path.resolve().name if path.is_dir() else what.rsplit("/", 1)[-1]
+        values["name"] = Path(os.path.abspath(path)).name if path.is_dir() else what.rsplit("/", 1)[-1]
         values.setdefault("source", {})["model"] = what
         longest = _positions(path / "config.json")
         data = values.setdefault("data", {})

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from dlmconvert.recipe.contradictions import method_contradictions
+
 SAFE = {"safe_to_change": True}
 
 Positive = Annotated[int, Field(gt=0)]
@@ -50,8 +52,8 @@ class Attention(Section):
 
     pattern: Literal["bidirectional", "causal"] = "bidirectional"
     """The pattern at the end of training."""
-    anneal: Literal["none", "random"] = "none"
-    """`random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891)."""
+    anneal: Literal["none", "random", "window"] = "none"
+    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row."""
     anneal_steps: Annotated[float, Field(gt=0)] | None = None
     """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
 
@@ -63,17 +65,25 @@ class Corruption(Section):
     """Each eligible token becomes the mask token with probability t; `none` leaves the row clean (the AR objective)."""
     eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
     """Lower end of the noise level t in [eps, 1]."""
-    noise_levels: Literal["uniform", "stratified"] = "uniform"
-    """One independent t a row, or one a stratum of the global batch (lower variance, same mean)."""
+    noise_levels: Literal["uniform", "stratified", "offset", "antithetic"] = "uniform"
+    """One independent t a row, or spread over the global batch (lower variance, same mean): one a stratum, evenly spaced from one drawn `offset`, or rows 2j and 2j + 1 at opposite ends (`antithetic`)."""
+    band: tuple[float, float] | None = None
+    """[low, high] in place of [eps, 1], the weight kept (arXiv 2503.09573): no longer a bound. Validation uses the full range."""
+    count: Literal["bernoulli", "at_least_one", "exact"] = "bernoulli"
+    """How many tokens of a row of n are masked: each with probability t; the same but never none; or l, uniform on 1..n, in place of t (weight n/l, the lowest variance; `eps` is not used)."""
+    views: Literal["single", "complementary"] = "single"
+    """`complementary`: rows 2j and 2j + 1 of the global batch are one row of text, and what one masks the other shows (arXiv 2509.26328): each token is predicted once, from half as much text."""
 
 
 class Objective(Section):
     """How denoising errors are weighed and summed."""
 
-    weight: Literal["elbo", "unweighted"] = "elbo"
-    """`elbo`: 1/t on masked tokens (arXiv 2406.07524); `unweighted`: 1."""
-    normaliser: Literal["eligible", "masked_micro_batch"] = "eligible"
-    """Divide the sum once by the global count of eligible tokens, or, as DiffuLLaMA's code does, each micro-batch by its masked tokens."""
+    weight: Literal["elbo", "unweighted", "cart"] = "elbo"
+    """`elbo`: 1/t on masked tokens (arXiv 2406.07524); `unweighted`: 1; `cart`: by the distance to clean tokens (arXiv 2508.15487)."""
+    cart_p: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of `cart` only: 1 counts the two neighbours, smaller values look further."""
+    normaliser: Literal["eligible", "masked", "masked_micro_batch"] = "eligible"
+    """Divide the sum once by the global count of eligible tokens or of masked tokens, or, as DiffuLLaMA's code does, each micro-batch by its masked tokens."""
 
 
 class Method(Section):
@@ -155,6 +165,18 @@ class Lora(Section):
     """Module names, or `all-linear`: every linear layer but the output head."""
 
 
+class Rates(Section):
+    """Learning rate of each kind of parameter, as a multiple of `learning_rate`: 0 freezes it. Norms keep 1."""
+
+    attention: Annotated[float, Field(ge=0)] = 1.0
+    mlp: Annotated[float, Field(ge=0)] = 1.0
+    """All other parts of a layer, experts and routers among them."""
+    embeddings: Annotated[float, Field(ge=0)] = 1.0
+    """With the mask token's row; frozen, that row stays as `source.mask_init` made it."""
+    head: Annotated[float, Field(ge=0)] = 1.0
+    """The output matrix. Where it is tied to the embeddings, give both one value."""
+
+
 class Optimization(Section):
     """One stage of training."""
 
@@ -178,6 +200,7 @@ class Optimization(Section):
     """Decoupled (AdamW), on matrices only: biases, norms and embeddings are left alone."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm."""
+    rates: Rates = Rates()
     lora: Lora | None = None
     """Train adapters; empty: all parameters."""
     gradient_checkpointing: bool = False
@@ -255,11 +278,21 @@ class Export(Section):
 class Engine(Section):
     """Where and in which precision the training runs."""
 
-    name: Literal["single"] = "single"
-    """`single`: one device, no DeepSpeed."""
+    name: Literal["single", "deepspeed"] = "single"
+    """`single`: one device, no DeepSpeed. `deepspeed`: ZeRO, on one process or many (`--processes` switches to it)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: float32 weights and optimizer, forward and backward under bfloat16 autocast."""
+    """`bf16`: forward and backward in bfloat16, optimizer and master weights in float32 (single: autocast; deepspeed: bfloat16 copies of the weights)."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed deals to the processes: 0 nothing, 1 the optimizer, 2 gradients as well, 3 weights as well. bf16 with stage 0 runs as stage 1."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where DeepSpeed keeps the optimizer when not on the GPU: `cpu` from stage 1 on, `nvme` under stage 3."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO-3 keeps weights that are not in use."""
+    nvme: str | None = None
+    """Folder on a fast local disk for `nvme`."""
+    deepspeed: dict[str, Any] = {}
+    """More keys for the DeepSpeed JSON, which is derived from the recipe; a key that contradicts the recipe is an error."""
     compile: bool = False
     """torch.compile the model's forward."""
     threads: Positive | None = Field(default=None, json_schema_extra=SAFE)
@@ -324,7 +357,7 @@ def contradictions(recipe: Recipe):
         yield "pretrain trains random weights: it needs source.scratch"
     if attention.anneal != "none":
         if attention.anneal_steps is None:
-            yield "method.attention.anneal=random needs method.attention.anneal_steps (steps, or a fraction of train.steps)"
+            yield f"method.attention.anneal={attention.anneal} needs method.attention.anneal_steps (steps, or a fraction of train.steps)"
         elif attention.anneal_steps >= 1 and attention.anneal_steps != int(attention.anneal_steps):
             yield f"method.attention.anneal_steps={attention.anneal_steps} is neither a whole number of steps nor a fraction below 1"
         elif anneal_steps_of(attention, recipe.train.steps) > recipe.train.steps:
@@ -336,14 +369,20 @@ def contradictions(recipe: Recipe):
             yield "method.attention.anneal leads away from causal attention: it contradicts method.attention.pattern=causal"
     elif attention.anneal_steps is not None:
         yield "method.attention.anneal_steps is set but method.attention.anneal=none: set anneal=random, or leave anneal_steps out"
-    if attention.pattern == "causal" and method.corruption.kind != "none":
-        yield "method.attention.pattern=causal is the AR objective: it needs method.corruption.kind=none (method.name=ar)"
-    if attention.pattern == "bidirectional" and method.corruption.kind == "none":
-        yield "method.corruption.kind=none shows the answer to a bidirectional model: it needs method.attention.pattern=causal"
-    if method.corruption.kind == "none" and method.alignment != "shift":
-        yield "method.corruption.kind=none with method.alignment=in_place asks each token for itself: use alignment=shift"
-    if method.corruption.kind == "none" and method.objective.weight == "elbo":
-        yield "method.objective.weight=elbo weighs by noise level, and method.corruption.kind=none has none: use unweighted"
+    yield from method_contradictions(recipe)
+    engine = recipe.engine
+    if engine.offload_optimizer != "none" and engine.zero_stage == 0:
+        yield f"engine.offload_optimizer={engine.offload_optimizer} needs engine.zero_stage=1 or more (nvme: 3)"
+    if engine.offload_optimizer == "nvme" and engine.zero_stage in (1, 2):
+        yield f"engine.offload_optimizer=nvme needs engine.zero_stage=3, not {engine.zero_stage}: set zero_stage=3, or offload to cpu"
+    if engine.offload_parameters != "none" and engine.zero_stage != 3:
+        yield f"engine.offload_parameters={engine.offload_parameters} needs engine.zero_stage=3, not {engine.zero_stage}"
+    if "nvme" in (engine.offload_optimizer, engine.offload_parameters) and engine.nvme is None:
+        yield "offloading to nvme needs a folder on a fast local disk: set engine.nvme"
+    if engine.name == "deepspeed" and engine.compile:
+        yield "engine.compile=true is for engine.name=single: leave it out under deepspeed"
+    if engine.name == "deepspeed" and engine.device == "mps":
+        yield "engine.name=deepspeed runs on cuda or cpu, not on engine.device=mps"
     for section, values in (("pretrain", recipe.pretrain), ("train", recipe.train), ("sft", recipe.sft)):
         if values is None:
             continue

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dlmconvert.errors import Interrupted, SavedAndLeft, UserError
-from dlmconvert.recipe.load import set_key, validate
+from dlmconvert.recipe.load import section_at, set_key, validate
 from dlmconvert.recipe.schema import Recipe
+from dlmconvert.runs.engines import check_engine
 from dlmconvert.runs.folder import RunFolder, write_atomically
 from dlmconvert.runs.inputs import check_inputs
 from dlmconvert.runs.stage import Reporter, Stage, StageContext, StopFlag
 from dlmconvert.runs.stages import STAGES
+from dlmconvert.training.ranks import Solo
 
 
 def order_of(targets: Iterable[str], recipe: Recipe) -> list[Stage]:
@@ -94,7 +96,9 @@ def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
             continue
         now = stage.keys(recipe)
         for key in sorted(set(recorded) | set(now)):
-            if recorded.get(key) != now.get(key):
+            if key.startswith("engine.") and stage.finished(run, recipe):
+                continue  # a later stage may run on another engine
+            if recorded.get(key) != now.get(key) and not _is_new_default(key, recorded, now):
                 lines.append(f"  {key}: {_show(recorded.get(key))} -> {_show(now.get(key))}   (read by {stage.name})")
                 only_export = only_export and stage.name == "export"
     if lines:
@@ -106,12 +110,23 @@ def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
         )
 
 
+def _is_new_default(key: str, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a key came with a later version of this program and stands at its default: no reason to refuse an older run."""
+    if key not in now or any(_overlap(key, name) for name in recorded):
+        return False
+    *path, last = key.split(".")
+    section = section_at(path)
+    return section is not None and now[key] == section.model_fields[last].get_default(call_default_factory=True)
+
+
 def _show(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Reporter, overrides: list[str] | None = None) -> bool:
+def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Reporter, overrides: list[str] | None = None, ranks: Any = None) -> bool:
     """Go through the stages. Returns False when everything was finished already.
+
+    ranks: the processes that train together, of which this is rank 0; the others are in `launch.follow`.
 
     Raises SavedAndLeft after SIGTERM or Ctrl-C, UserError for what the user can put right.
     """
@@ -120,7 +135,10 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
     refuse_drift(run, recipe, stages)
     if all(stage.finished(run, recipe) for stage in stages):
         return False
-    check_inputs(recipe, [stage.name for stage in stages if not stage.finished(run, recipe)])
+    ranks = ranks or Solo()
+    unfinished = [stage.name for stage in stages if not stage.finished(run, recipe)]
+    check_inputs(recipe, unfinished)
+    check_engine(recipe, unfinished, ranks.count, reporter)
     run.hold()
     try:
         run.write_recipe(recipe)
@@ -131,7 +149,7 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
         write_atomically(run.path / "environment.json", environment_text())
         stop = StopFlag()
         with signals_set(stop):
-            context = StageContext(run, recipe, reporter, stop)
+            context = StageContext(run, recipe, reporter, stop, ranks)
             for number, stage in enumerate(stages, 1):
                 if stage.finished(run, recipe):
                     reporter.say(f"[{number}/{len(stages)}] {stage.title}: done before")
@@ -146,7 +164,7 @@ def run_stages(run: RunFolder, recipe: Recipe, targets: list[str], reporter: Rep
 def _run_stage(stage: Stage, context: StageContext) -> None:
     run = context.run
     before = run.stage_state(stage.name)
-    run.update_stage(stage.name, status="started", keys=stage.keys(context.recipe), started=before.get("started", time.time()))
+    run.update_stage(stage.name, status="started", keys=before.get("keys") or stage.keys(context.recipe), started=before.get("started", time.time()))
     began = time.monotonic()
     try:
         facts = stage.work(context)
@@ -165,7 +183,7 @@ def _run_stage(stage: Stage, context: StageContext) -> None:
 
 @contextmanager
 def signals_set(stop: StopFlag):
-    """SIGTERM and Ctrl-C ask the training loop to save and leave; a second one, or one outside the loop, leaves at once."""
+    """SIGTERM, SIGUSR1 (what schedulers send before they take a machine away) and Ctrl-C ask the training loop to save and leave; a second one, or one outside the loop, leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -176,7 +194,7 @@ def signals_set(stop: StopFlag):
         if again or not stop.deferred:
             raise Interrupted(stop.requested)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dlmconvert.recipe.load import flat, safe_keys
 from dlmconvert.recipe.schema import Recipe
 from dlmconvert.runs.folder import RunFolder
+from dlmconvert.training.ranks import Ranks, Solo
 
 
 class Progress(Protocol):
@@ -39,12 +40,13 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything a stage runs with."""
+    """Everything a stage runs with. ranks: the processes that train together; stages run on rank 0, which calls the others for training."""
 
     run: RunFolder
     recipe: Recipe
     reporter: Reporter
     stop: StopFlag
+    ranks: Ranks | Solo = Solo()
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.schema import Method, Recipe, text_sources
 from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.stage import Stage, StageContext
+
+if TYPE_CHECKING:
+    from dlmconvert.runs.training import TrainingJob
 
 AR = Method(name="ar", **METHODS["ar"].choices)
 
@@ -21,20 +24,25 @@ AR = Method(name="ar", **METHODS["ar"].choices)
 
 
 def pretrain(context: StageContext) -> dict[str, Any]:
-    from dlmconvert.backbone.load import load_tokenizer
-    from dlmconvert.runs.rows import text_rows
-    from dlmconvert.runs.training import TrainingJob, run_training
+    from dlmconvert.runs.training import run_training
 
-    folder = context.run.stage_folder("pretrain")
-    scratch = folder / "scratch"
+    scratch = context.run.stage_folder("pretrain") / "scratch"
     if not (scratch / "config.json").is_file():
         build_scratch(context, scratch)
+    return run_training(context, pretrain_job(context))
+
+
+def pretrain_job(context: StageContext) -> TrainingJob:
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.rows import text_rows
+    from dlmconvert.runs.training import TrainingJob
+
+    scratch = context.run.stage_folder("pretrain") / "scratch"
     assert context.recipe.pretrain is not None
     stores, weights, held = text_rows(context, load_tokenizer(scratch), forbidden_id=None)
-    job = TrainingJob(
+    return TrainingJob(
         "pretrain", context.recipe.pretrain, AR, scratch, "ar", stores, weights, held, context.recipe.data.documents == "isolated", anneal=False
     )
-    return run_training(context, job)
 
 
 def build_scratch(context: StageContext, folder: Path) -> None:
@@ -124,19 +132,26 @@ def _source_folder(context: StageContext) -> tuple[Path, str]:
 # adapt, sft: the conversion itself
 
 
-def adapt(context: StageContext) -> dict[str, Any]:
+def adapt_job(context: StageContext) -> TrainingJob:
     from dlmconvert.backbone.load import load_tokenizer
     from dlmconvert.runs.rows import text_rows
-    from dlmconvert.runs.training import TrainingJob, run_training
+    from dlmconvert.runs.training import TrainingJob
 
     run, recipe = context.run, context.recipe
     source = run.model_folder("prepare")
     tokenizer = load_tokenizer(source)
     stores, weights, held = text_rows(context, tokenizer, _forbidden_id(run))
     trained_as = "ar" if recipe.method.attention.pattern == "causal" else "adapt"
-    job = TrainingJob(
+    return TrainingJob(
         "adapt", recipe.train, recipe.method, source, trained_as, stores, weights, held, recipe.data.documents == "isolated"
     )
+
+
+def adapt(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.runs.training import run_training
+
+    run, job = context.run, adapt_job(context)
+    source, trained_as, held = job.source, job.trained_as, job.validation
     facts = run_training(context, job)
     if held is None:
         context.reporter.warn("  data.validation=0: nothing is held out, so nothing is measured")
@@ -149,17 +164,24 @@ def adapt(context: StageContext) -> dict[str, Any]:
     return facts | {"measured": measure(context, asked, held)}
 
 
-def sft(context: StageContext) -> dict[str, Any]:
+def sft_job(context: StageContext) -> TrainingJob:
     from dlmconvert.backbone.load import load_tokenizer
     from dlmconvert.runs.rows import chat_rows
-    from dlmconvert.runs.training import TrainingJob, run_training
+    from dlmconvert.runs.training import TrainingJob
 
     run, recipe = context.run, context.recipe
     source = run.model_folder("adapt")
     tokenizer = load_tokenizer(source)
     train_rows, held = chat_rows(context, tokenizer, _forbidden_id(run))
-    job = TrainingJob("sft", recipe.sft, recipe.method, source, "sft", [train_rows], [1.0], held, isolated=False, anneal=False, tokenizer=tokenizer)
-    facts = run_training(context, job) | {name: value for name, value in train_rows.meta.items() if name.startswith("num_")}
+    return TrainingJob("sft", recipe.sft, recipe.method, source, "sft", [train_rows], [1.0], held, isolated=False, anneal=False, tokenizer=tokenizer)
+
+
+def sft(context: StageContext) -> dict[str, Any]:
+    from dlmconvert.runs.training import run_training
+
+    run, recipe, job = context.run, context.recipe, sft_job(context)
+    source, held = job.source, job.validation
+    facts = run_training(context, job) | {name: value for name, value in job.stores[0].meta.items() if name.startswith("num_")}
     if held is None:
         return facts
     pattern = recipe.method.attention.pattern
@@ -338,6 +360,8 @@ def _replace_folder(folder: Path, write: Any) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
 
+
+JOBS = {"pretrain": pretrain_job, "adapt": adapt_job, "sft": sft_job}  # what every rank trains; the rest of a stage is rank 0's
 
 _TEXT = ("data.train", "data.validation", "data.row_length", "data.max_tokens", "data.documents")
 

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dlmconvert.errors import Interrupted, UserError
 from dlmconvert.recipe.schema import Evaluation, Method, Optimization, anneal_steps_of
+from dlmconvert.runs.engines import engine_config
 from dlmconvert.runs.folder import write_atomically
 from dlmconvert.runs.stage import StageContext
 
@@ -42,19 +43,14 @@ class TrainingJob:
 
 def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """Train to the end (from the newest checkpoint), write <stage>/model, return facts for run.json."""
-    import torch
-
     from dlmconvert.backbone.adapters import save_adapter
 
     recipe, run, reporter = context.recipe, context.run, context.reporter
     folder = run.stage_folder(job.stage)
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.engine.threads:
-        torch.set_num_threads(recipe.engine.threads)
-    denoiser, spec = _trainable(context, job)
-    engine = _engine(context, job, denoiser)
-    reporter.say(_describe(engine, job, spec))
-    _loop(context, job, engine)
+    context.ranks.tell({"train": job.stage, "run": str(run.path.resolve())})  # the others come to train_together as well
+    denoiser, spec = train_together(context, job)
+    assert denoiser is not None
 
     if job.settings.lora is not None:
         reporter.say("  merging the adapters; they are kept apart in adapter/")
@@ -63,15 +59,28 @@ def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     _write_model(temporary, job, denoiser, spec)
     shutil.rmtree(folder / "model", ignore_errors=True)
     os.rename(temporary, folder / "model")
-    del engine, denoiser
+    del denoiser
     gc.collect()
     row_length = job.stores[0].row_length
+    views = 2 if job.method.corruption.views == "complementary" else 1
     return {
         "steps": job.settings.steps,
         "tokens_seen": job.settings.steps * job.settings.rows_per_step * row_length,
         "unique_tokens": sum(store.num_rows for store in job.stores) * row_length,
-        "epochs": job.settings.steps * job.settings.rows_per_step / sum(store.num_rows for store in job.stores),
+        "epochs": job.settings.steps * job.settings.rows_per_step / views / sum(store.num_rows for store in job.stores),
     }
+
+
+def train_together(context: StageContext, job: TrainingJob) -> tuple[Any | None, Any]:
+    """The part of a training stage that every rank takes part in. Returns the trained denoiser (None on other ranks than 0), its spec."""
+    import torch
+
+    if context.recipe.engine.threads:
+        torch.set_num_threads(context.recipe.engine.threads)
+    engine, spec = make_engine(context, job)
+    context.reporter.say(_describe(engine, job, spec))
+    _loop(context, job, engine)
+    return engine.plain(lambda: _trainable(context, job)[0]), spec
 
 
 def _write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> None:
@@ -100,24 +109,33 @@ def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> N
         ensure_chat_template(tokenizer)
     trained_as = "ar" if stage == "adapt" and recipe.method.attention.pattern == "causal" else stage
     job = TrainingJob(stage, settings, recipe.method, source, trained_as, [], [], None, False, anneal=stage == "adapt", tokenizer=tokenizer)
-    denoiser, spec = _trainable(context, job)
     checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints")
     damage = checkpoints.damage(step)
     if damage is not None:
         raise UserError(f"{checkpoints.path(step)} is damaged: {damage}", "", f"kept and whole: {[s for s in checkpoints.steps() if checkpoints.damage(s) is None]}")
-    _engine(context, job, denoiser).load_tensors(checkpoints.load(step).tensors, step)
-    open_ratio = _open_ratio_at(job, step)
+    denoiser, spec = _trainable(context, job)
+    restore_parameters(denoiser, checkpoints, step)
+    row_length = (recipe.sft.row_length if stage == "sft" else None) or recipe.data.row_length
+    open_ratio = _open_ratio_at(job, step, row_length)
     _write_model(folder, job, denoiser, replace(spec, annealing=spec.annealing | {"open_ratio": open_ratio}))
 
 
-def _open_ratio_at(job: TrainingJob, step: int) -> float:
-    from dlmconvert.diffusion.schedules import annealing_ratio
+def _open_ratio_at(job: TrainingJob, step: int, row_length: int) -> float:
+    """Share of the future pairs that was open in the last of `step` steps."""
+    from dlmconvert.diffusion.schedules import attention_at, open_share
 
-    return 0.0 if job.method.attention.pattern == "causal" else annealing_ratio(step - 1, _anneal_steps(job))
+    if job.method.attention.pattern == "causal":
+        return 0.0
+    anneal = job.method.attention.anneal if job.anneal else "none"
+    context = attention_at(step - 1, anneal=anneal, anneal_steps=_anneal_steps(job), length=row_length, seed=job.settings.seed)
+    return open_share(context, row_length)
 
 
-def _trainable(context: StageContext, job: TrainingJob):
-    """The denoiser with float32 weights, adapters attached, and the spec that the result will carry."""
+def _trainable(context: StageContext, job: TrainingJob, loading: Any = None, attaching: Any = None):
+    """The denoiser with float32 weights, adapters attached, and the spec that the result will carry.
+
+    loading, attaching: contexts around the two, for engines that deal the model out while it is loaded.
+    """
     import torch
 
     from dlmconvert.backbone.adapters import attach_lora
@@ -125,6 +143,7 @@ def _trainable(context: StageContext, job: TrainingJob):
     from dlmconvert.backbone.load import load_config, load_model, load_tokenizer
     from dlmconvert.backbone.rewrite import rewrite_config
     from dlmconvert.backbone.spec import DlmSpec
+    from dlmconvert.training.optimizer import freeze
 
     method = job.method
     config = load_config(job.source, context.recipe.source.trust_remote_code)
@@ -140,7 +159,8 @@ def _trainable(context: StageContext, job: TrainingJob):
         raise UserError(
             f"data.row_length={row_length} is longer than the model's {longest} positions", "", f"lower it: data.row_length={longest}"
         )
-    model = load_model(job.source, config, torch.float32, context.recipe.source.trust_remote_code)
+    with loading or nullcontext():
+        model = load_model(job.source, config, torch.float32, context.recipe.source.trust_remote_code)
     spec = replace(
         spec,
         attention=method.attention.pattern,
@@ -158,38 +178,66 @@ def _trainable(context: StageContext, job: TrainingJob):
     tokenizer = job.tokenizer or load_tokenizer(job.source)
     if job.settings.lora is not None:
         lora = job.settings.lora
-        model = attach_lora(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            mask_token_id=None if spec.mask_is_word or spec.mask_token_id < 0 else spec.mask_token_id,
-            seed=job.settings.seed,
-        )
+        with attaching(model) if attaching else nullcontext():
+            model = attach_lora(
+                model,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                mask_token_id=None if spec.mask_is_word or spec.mask_token_id < 0 else spec.mask_token_id,
+                seed=job.settings.seed,
+            )
+    freeze(model, job.settings.rates.model_dump())
     return Denoiser(model, spec, tokenizer), spec
+
+
+def restore_parameters(denoiser: Any, checkpoints: Any, step: int) -> None:
+    """The trained parameters of a checkpoint, whichever engine wrote it."""
+    import torch
+
+    stage = checkpoints.state(step).get("zero_stage")
+    if stage is None:
+        saved = {name.removeprefix("parameter/"): t for name, t in checkpoints.load(step).tensors.items() if name.startswith("parameter/")}
+    else:
+        from dlmconvert.training.deepspeed import checkpoint_tensors
+
+        saved = checkpoint_tensors(checkpoints.path(step), stage)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
 
 
 def _anneal_steps(job: TrainingJob) -> int:
     return anneal_steps_of(job.method.attention, job.settings.steps) if job.anneal else 1
 
 
-def _engine(context: StageContext, job: TrainingJob, denoiser: Any):
+def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
+    """The engine that the recipe names, with the model to train in it, and the model's spec."""
     from dlmconvert.backbone.load import pick_device
     from dlmconvert.training.engine import SingleDeviceEngine
 
     settings, engine = job.settings, context.recipe.engine
-    return SingleDeviceEngine(
-        denoiser,
-        device=pick_device(engine.device),
-        precision=engine.precision,
-        betas=settings.betas,
-        eps=settings.adam_eps,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        compile=engine.compile,
-    )
+    values: dict[str, Any] = {
+        "device": pick_device(engine.device),
+        "precision": engine.precision,
+        "betas": settings.betas,
+        "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "rates": settings.rates.model_dump(),
+    }
+    if engine.name == "single":
+        denoiser, spec = _trainable(context, job)
+        return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, compile=engine.compile, **values), spec
+    from dlmconvert.training.deepspeed import DeepSpeedEngine, built_in_parts, whole_embeddings
+
+    config = engine_config(engine, settings, context.ranks.count, job.stage)
+    if config["zero_optimization"]["stage"] != engine.zero_stage:
+        context.reporter.say("  engine.zero_stage=0 with engine.precision=bf16 runs as stage 1: DeepSpeed's stage 0 would take another optimizer")
+    denoiser, spec = _trainable(context, job, built_in_parts(config, context.ranks), whole_embeddings)
+    return DeepSpeedEngine(denoiser, ranks=context.ranks, config=config, **values), spec
 
 
 def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
@@ -199,7 +247,7 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
     from dlmconvert.training.loop import LoopSettings, train
     from dlmconvert.training.metrics import Metrics
 
-    settings, method, reporter = job.settings, job.method, context.reporter
+    settings, method, reporter, ranks = job.settings, job.method, context.reporter, context.ranks
     folder = context.run.stage_folder(job.stage)
     stream = BatchStream(
         Mixture(list(job.stores), list(job.weights), settings.seed),
@@ -211,6 +259,9 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
         mask_token_id=engine.denoiser.spec.mask_token_id,
         alignment=method.alignment,
         isolated=job.isolated,
+        band=method.corruption.band,
+        count=method.corruption.count,
+        views=method.corruption.views,
     )
     loop_settings = LoopSettings(
         steps=settings.steps,
@@ -229,10 +280,16 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
         save_steps=settings.save_steps,
         save_minutes=settings.save_minutes,
         validate_steps=settings.validate_steps,
+        anneal=method.attention.anneal if job.anneal else "none",
+        row_length=stream.mixture.row_length,
+        cart_p=method.objective.cart_p,
     )
     checkpoints = CheckpointFolder(folder / "checkpoints", settings.keep_checkpoints, reporter.warn)
-    begun = max(checkpoints.steps(), default=0)
-    identity = _identity(context, job, begun)
+    begun, identity = 0, ""
+    if ranks.rank == 0:
+        begun = max(checkpoints.steps(), default=0)
+        identity = _identity(context, job, begun)
+    begun, identity = ranks.share((begun, identity))
     if begun:
         reporter.say(f"  continuing from the checkpoint of step {begun}")
 
@@ -252,7 +309,7 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
                 bar.advance(line["step"] - shown, text)
                 shown = line["step"]
 
-        metrics = Metrics(folder / "metrics.jsonl", settings.log_steps, listen)
+        metrics = Metrics(folder / "metrics.jsonl", settings.log_steps, listen, writes=ranks.rank == 0)
         context.stop.deferred = True
         try:
             train(engine, stream, loop_settings, checkpoints, metrics, validate, context.stop, identity)
@@ -306,8 +363,8 @@ def fingerprint(model_folder: Path) -> str:
 
 
 def _describe(engine: Any, job: TrainingJob, spec: Any) -> str:
-    total = sum(p.numel() for p in engine.denoiser.parameters())
-    trained = sum(p.numel() for p in engine.parameters.values())
+    # ZeRO-3 leaves an empty tensor where a parameter was.
+    total, trained = (sum(getattr(p, "ds_numel", p.numel()) for p in found) for found in (engine.denoiser.parameters(), engine.parameters.values()))
     share = "" if trained == total else f" ({trained:,} trained)"
     anneal = f"annealed over {_anneal_steps(job)} steps" if spec.annealing["schedule"] != "none" else "open from the first step"
     attention = "causal" if spec.attention == "causal" else f"{spec.attention}, {anneal}"

@@ -1,10 +1,10 @@
-"""Which tokens may be drawn: the ban, temperature, top-p, top-k. Removed tokens have logit -inf.
+"""Which tokens may be drawn: the ban, the repetition penalty, temperature, top-p, top-k. Removed tokens have logit -inf.
 
 The ban comes before everything else: before temperature, filters, softmax and scores (an argmax of the mask token would leave a
 position masked for ever, or put the mask token into the text). Then temperature, top-p, top-k, in this order (DiffuLLaMA
-arXiv 2410.17891; Dream arXiv 2508.15487).
+arXiv 2410.17891; Dream arXiv 2508.15487). The penalty changes the model's distribution itself, so the scores see it.
 
-Shapes: N masked positions, V vocabulary.
+Shapes: B rows, L positions of the canvas, N masked positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ def ban(logits_NV: torch.Tensor, mask_token_id: int, vocab_size: int, extra: Seq
         if 0 <= token < logits_NV.shape[1]:
             logits_NV[:, token] = REMOVED
     return logits_NV
+
+
+def penalise_repetition(
+    logits_NV: torch.Tensor, rows_N: torch.Tensor, tokens_BL: torch.Tensor, visible_BL: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """Tokens that stand in the row already lose: logit / penalty where it is positive, logit * penalty where it is negative
+    (CTRL, arXiv 1909.05858, equation 2, as in transformers). rows_N: the row of each logit. visible_BL: given or committed."""
+    num_ids = logits_NV.shape[1]
+    seen_BV = torch.zeros(tokens_BL.shape[0], num_ids, dtype=torch.int32, device=logits_NV.device)
+    seen_BV.scatter_add_(1, tokens_BL.clamp(max=num_ids - 1), visible_BL.to(torch.int32))
+    lowered_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
+    return torch.where(seen_BV[rows_N] > 0, lowered_NV, logits_NV)
 
 
 def keep_top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -58,7 +70,7 @@ def apply_filters(logits_NV: torch.Tensor, temperature: float, top_p: float | No
     return logits_NV
 
 
-def check_filters(temperature: float, top_p: float | None, top_k: int | None) -> None:
+def check_filters(temperature: float, top_p: float | None, top_k: int | None, repetition_penalty: float = 1.0) -> None:
     """Raises ValueError for values that have no meaning."""
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (the most probable token) or positive")
@@ -66,3 +78,5 @@ def check_filters(temperature: float, top_p: float | None, top_k: int | None) ->
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be positive, and 1 is none")

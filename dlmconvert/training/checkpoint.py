@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from dlmconvert.errors import EXIT_FAILED, UserError
+from dlmconvert.training.ranks import Solo
 
 COMPLETE = "COMPLETE"
+_DISK_WORDS = ("No space left", "I/O error", "PytorchStreamWriter failed", "file write failed")
 
 
 @dataclass(frozen=True)
@@ -49,53 +51,77 @@ class CheckpointFolder:
         return self.folder / f"step-{step:06d}"
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write, mark, rename, prune. On failure the temporary folder is removed and older checkpoints stand.
-
-        Raises UserError when the disk is full or not writable.
-        """
+        """`write` with the tensors in one file."""
         from safetensors.torch import save_file
 
-        final = self.path(checkpoint.step)
-        if (final / COMPLETE).is_file() and checkpoint.step not in self._damaged:
+        def payload(folder: Path) -> None:
+            tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+            save_file(tensors, folder / "tensors.safetensors")
+
+        return self.write(checkpoint.step, checkpoint.state, payload)
+
+    def write(self, step: int, state: dict[str, Any], payload: Callable[[Path], None], ranks: Any = None) -> Path:
+        """Write, mark, rename, prune. On failure the temporary folder is removed and older checkpoints stand.
+
+        payload: puts files into a folder. With several ranks every one of them calls this and its payload writes its part; rank 0
+        does the rest. Raises UserError when the disk is full or not writable.
+        """
+        ranks = ranks or Solo()
+        final = self.path(step)
+        if ranks.share((final / COMPLETE).is_file() and step not in self._damaged):
             return final
         temporary = self.folder / f".writing-{final.name}"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, temporary / "tensors.safetensors"
-            )
-            (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
-            listing = {p.name: {"bytes": p.stat().st_size, "blake2b": file_hash(p)} for p in sorted(temporary.iterdir())}
-            for name in listing:
-                _flush(temporary / name)
-            (temporary / COMPLETE).write_text(json.dumps(listing, indent=1))
-            _flush(temporary / COMPLETE)
-            self._remove(checkpoint.step)  # a damaged one of that step, or a folder without COMPLETE
-            os.rename(temporary, final)
-            self._damaged.discard(checkpoint.step)
-            _flush(self.folder)
+            if ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            ranks.barrier()
+            payload(temporary)
+            ranks.barrier()
+            if ranks.rank == 0:
+                self._publish(step, state, temporary, final)
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error):
+            if ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) or any(words in str(error) for words in _DISK_WORDS):
                 kept = self.steps()
                 stands = f"the checkpoint of step {kept[-1]} stands" if kept else "no checkpoint was written yet"
                 raise UserError(
-                    f"checkpoint of step {checkpoint.step} could not be written to {self.folder}: {error}",
+                    f"checkpoint of step {step} could not be written to {self.folder}: {error}",
                     f"nothing is lost but the steps since then: {stands}",
                     "free some space (or lower keep_checkpoints) and run the same command again",
                     exit_code=EXIT_FAILED,
                 ) from error
             raise
-        self._prune()
+        if ranks.rank == 0:
+            self._prune()
+        ranks.barrier()
         return final
 
+    def _publish(self, step: int, state: dict[str, Any], temporary: Path, final: Path) -> None:
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        listing = {p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "blake2b": file_hash(p)} for p in files}
+        for name in listing:
+            _flush(temporary / name)
+        (temporary / COMPLETE).write_text(json.dumps(listing, indent=1))
+        _flush(temporary / COMPLETE)
+        self._remove(step)  # a damaged one of that step, or a folder without COMPLETE
+        os.rename(temporary, final)
+        self._damaged.discard(step)
+        _flush(self.folder)
+
     def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, with its tensors."""
+        step = self.newest_whole()
+        return None if step is None else self.load(step)
+
+    def newest_whole(self) -> int | None:
         """The newest checkpoint whose files are what COMPLETE says; damaged ones are passed over with a warning."""
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if damage is None:
-                return self.load(step)
+                return step
             self._damaged.add(step)
             self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): falling back to the one before it")
         return None
@@ -103,8 +129,13 @@ class CheckpointFolder:
     def load(self, step: int) -> Checkpoint:
         from safetensors.torch import load_file
 
+        return Checkpoint(step, load_file(self.path(step) / "tensors.safetensors"), self.state(step))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The JSON values of a checkpoint, without the step."""
         state = json.loads((self.path(step) / "state.json").read_text())
-        return Checkpoint(step=state.pop("step"), tensors=load_file(self.path(step) / "tensors.safetensors"), state=state)
+        del state["step"]
+        return state
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None. Compares every file's size and hash with COMPLETE."""
@@ -125,7 +156,7 @@ class CheckpointFolder:
 
     def clear_unfinished(self) -> None:
         """Remove what a killed process left half-written."""
-        for leftover in self.folder.glob(".writing-*"):
+        for leftover in [*self.folder.glob(".writing-*"), *self.folder.glob(".universal")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _prune(self) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 class Metrics:
     """Sums between two lines, and the file they go to. The sums travel in checkpoints, so that a resumed run writes the same line.
 
-    listener: receives each line as it is written (progress bars, plain logs).
+    listener: receives each line as it is written (progress bars, plain logs). writes: rank 0 alone does.
     """
 
-    def __init__(self, path: Path, log_steps: int, listener: Callable[[dict[str, Any]], None] = lambda line: None):
+    def __init__(self, path: Path, log_steps: int, listener: Callable[[dict[str, Any]], None] = lambda line: None, writes: bool = True):
         self.path = path
+        self.writes = writes
         self.log_steps = log_steps
         self.listener = listener
         self.sums: dict[str, float] = {}
@@ -28,6 +29,8 @@ class Metrics:
     def resume(self, state: dict[str, Any], step: int) -> None:
         """Take up the sums of a checkpoint and forget lines that were written after it (their steps are run again)."""
         self.sums, self.num_steps = dict(state["sums"]), state["num_steps"]
+        if not self.writes:
+            return
         lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -48,6 +51,8 @@ class Metrics:
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.listener(line)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from dlmconvert.errors import UserError
+
 
 def learning_rate(
     step: int, *, steps: int, peak: float, final: float, warmup_steps: int, schedule: str, decay_fraction: float
@@ -29,19 +31,67 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_adamw(model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+def parameter_kinds(model: nn.Module) -> dict[str, str]:
+    """`embeddings` (also of positions, and the trained row of a mask token), `head` (an untied output matrix), `norm`, `attention`
+    or `mlp` (all other parts of a layer, routers and experts among them), for each parameter by name. model: a causal LM, wrapped or not."""
+    language_model = model if hasattr(model, "get_output_embeddings") else model.model
+    head = language_model.get_output_embeddings()
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+
+    def kind(name: str, parameter: nn.Parameter) -> str:
+        # peft keeps the trained embedding rows (the mask token's) outside of the embedding, whole.
+        if id(parameter) in embeddings or "trainable_tokens" in name:
+            return "embeddings"
+        if id(parameter) in heads or id(parameter) in norms:
+            return "head" if id(parameter) in heads else "norm"
+        return "attention" if any("attn" in word or "attention" in word for word in name.split(".")) else "mlp"
+
+    return {name: kind(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def freeze(model: nn.Module, rates: dict[str, float]) -> None:
+    """Stop the gradients of the kinds whose rate is 0. Raises UserError for a tied output matrix that is told apart."""
+    kinds = parameter_kinds(model)
+    if "head" not in kinds.values() and rates.get("head", 1.0) != rates.get("embeddings", 1.0):
+        raise UserError(
+            f"rates.head={rates.get('head', 1.0):g} and rates.embeddings={rates.get('embeddings', 1.0):g}",
+            "the output matrix of this model is its embedding matrix: it has one learning rate",
+            "give both the same value",
+        )
+    for name, parameter in model.named_parameters():
+        if rates.get(kinds[name], 1.0) == 0:
+            parameter.requires_grad_(False)
+
+
+def make_adamw(
+    model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float, rates: dict[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over the trainable parameters; biases, norms and embeddings do not decay.
 
     A decayed mask row would shrink to 0, where gradients explode at high noise (arXiv 2512.15745).
+    rates: learning rate of a kind of `parameter_kinds`, as a multiple of the common one (`set_learning_rate`); 1 where left out.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed, kept = [], []
+    rates = rates or {}
+    kinds = parameter_kinds(model)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # peft keeps the trained embedding rows (the mask token's) outside of the embedding, whole.
-            is_embedding = id(parameter) in embeddings or "trainable_tokens" in name
-            (decayed if parameter.ndim >= 2 and not is_embedding else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
+            decays = num_dimensions >= 2 and kinds[name] != "embeddings"
+            groups.setdefault((decays, rates.get(kinds[name], 1.0)), []).append(parameter)
+    # Matrices first, as ever: the fused kernel goes through the groups in order.
+    ordered = sorted(groups.items(), key=lambda item: not item[0][0])
     # The fused kernel exists for these devices; it is the same arithmetic in one pass over memory.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(
+        [{"params": found, "weight_decay": weight_decay if decays else 0.0, "rate": rate} for (decays, rate), found in ordered],
+        lr=0.0, betas=betas, eps=eps, fused=fused,
+    )  # fmt: skip
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The common learning rate of the next update, times each group's own multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)

@@ -14,7 +14,7 @@ def dlmconvert(*words):
 def test_it_fits(capsys):
     assert dlmconvert("plan", "tiny", "--memory", "8", "--tflops", "0.1") == 0
     out = capsys.readouterr().out
-    assert "peak memory" in out and "estimate" in out and "2.198M" in out
+    assert "peak memory" in out and "estimate" in out and "1.072M" in out
 
 
 def test_exit_code_3_when_it_cannot_fit(capsys):

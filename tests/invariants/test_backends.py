@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, positions_of, rewritten
@@ -14,6 +16,8 @@ SEGMENTS = torch.tensor([[0] * 7 + [1] * 9 + [2] * 4, [0] * 20])
 CONTEXTS = {
     "causal": AttentionContext(0.0),
     "annealed": AttentionContext(0.4, seed=3, step=11),
+    "windowed": AttentionContext(1.0, look_ahead=5),
+    "windowed and isolated": AttentionContext(1.0, segments_BL=SEGMENTS, look_ahead=3),
     "bidirectional": AttentionContext(1.0),
     "isolated": AttentionContext(1.0, segments_BL=SEGMENTS),
     "annealed and isolated": AttentionContext(0.4, seed=3, step=11, segments_BL=SEGMENTS),
@@ -68,6 +72,6 @@ def test_flex_agrees_on_cuda(family):
     flex, sdpa = (rewritten(family, attention=kernel).cuda() for kernel in ("flex_attention", "sdpa"))
     for name, context in CONTEXTS.items():
         segments_BL = None if context.segments_BL is None else context.segments_BL.cuda()
-        context = AttentionContext(context.open_ratio, context.seed, context.step, segments_BL)
+        context = replace(context, segments_BL=segments_BL)
         a, b = (call_model(model, tokens_BL, positions_of(tokens_BL), context).logits for model in (flex, sdpa))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

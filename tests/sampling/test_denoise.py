@@ -10,7 +10,7 @@ from tiny_predictors import HashPredictor, TablePredictor, chi_square_limit
 
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise, generate
-from dlmconvert.sampling.order import ORDERS
+from dlmconvert.sampling.order import ORDERS, event_times
 
 ROWS = [[3, 4] + [None] * 9, [5, None, None, 6, 7, None, 8], [2] + [None] * 4, [1, 1, 1, None, 1]]
 SETTINGS = [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.8, top_p=0.9, top_k=10)]
@@ -18,20 +18,9 @@ SETTINGS = [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.8, 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("budget", [None, "even", "ancestral"])
-def test_a_row_of_a_batch_is_the_row_alone(order, settings, budget):
-    how = dict(num_steps=5, order=order, budget=budget, seed=11, **settings)
-    together = build_canvas(ROWS, 0, row_keys=[10, 11, 12, 13])
-    filled = together.rows(generate(HashPredictor(), together, **how).tokens_BL)
-    for number, row in enumerate(ROWS):
-        alone = build_canvas([row], 0, row_keys=[10 + number])
-        assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL)[0] == filled[number]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("num_steps", [1, 4, 40])
 def test_invariants_of_every_step(order, settings, num_steps):
+    settings = settings | ({"budget": "even"} if order == "first_hitting" else {})
     canvas = build_canvas(ROWS, 0)
     predictor = HashPredictor(favourite=23)
     before_BL, masked_BL, nfe = canvas.tokens_BL.masked_fill(canvas.masked_BL, 23), canvas.masked_BL, 0
@@ -57,7 +46,7 @@ def test_a_mask_token_that_is_a_word_is_kept_where_given_and_never_produced():
 @pytest.mark.parametrize("order", ORDERS)
 def test_seed_decides(order):
     def run(seed):
-        return generate(HashPredictor(), build_canvas(ROWS, 0), num_steps=4, order=order, temperature=1.0, seed=seed).tokens_BL
+        return generate(HashPredictor(), build_canvas(ROWS, 0), order=order, temperature=1.0, seed=seed).tokens_BL
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
@@ -122,7 +111,7 @@ def test_settings_without_meaning_are_refused_at_once(settings, message):
 
 # Distributions.
 
-NUM_ROWS, LENGTH, V = 12000, 3, 2
+NUM_ROWS, LENGTH, V = 8000, 3, 2
 
 
 def _joint() -> torch.Tensor:
@@ -171,11 +160,48 @@ def _exact_ancestral(num_steps: int) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("order", ["random", "entropy", "margin"])
-def test_one_token_a_step_samples_the_joint_whatever_the_order(order):
+ONE_BY_ONE = [dict(budget="even"), dict(budget="llada", block_length=2)]
+ONE_BY_ONE += [dict(threshold=1.01), dict(factor=0.0, block_length=1), dict(entropy_bound=0.0, block_length=2)]
+
+
+@pytest.mark.parametrize("order", [order for order in ORDERS if order != "confidence"])
+@pytest.mark.parametrize("settings", ONE_BY_ONE, ids=str)
+def test_one_token_a_step_samples_the_joint_whatever_the_order(order, settings):
     # Not so for confidence: it looks at the drawn candidate, so it prefers probable tokens, by design.
-    counts = _sampled_counts(num_steps=LENGTH, order=order, budget="even", temperature=1.0, seed=5)
+    counts = _sampled_counts(order=order, temperature=1.0, seed=5, **settings)
     assert _chi_square(counts, _joint()) < chi_square_limit(V**LENGTH - 1)
+
+
+def test_the_test_of_the_joint_would_notice():
+    counts = _sampled_counts(order="confidence", budget="even", temperature=1.0, seed=5)
+    assert _chi_square(counts, _joint()) > 10 * chi_square_limit(V**LENGTH - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_an_order_temperature_leaves_the_joint_as_it_is(temperature):
+    counts = _sampled_counts(order="left_to_right", order_temperature=temperature, temperature=1.0, seed=6)
+    assert _chi_square(counts, _joint()) < chi_square_limit(V**LENGTH - 1)
+
+
+def test_event_times_have_the_law_of_first_hitting():
+    # The recursion t <- t u^(1/n), n <- n - 1 of arXiv 2409.02908 beside the sorted times: means and quantiles of each event.
+    n, rows = 4, 20000
+    keys_BL = torch.arange(rows)[:, None].expand(rows, n)
+    times_BL = event_times(3, keys_BL, torch.arange(n).expand(rows, n)).sort(dim=1, descending=True).values
+    u_BL = torch.rand(rows, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t_B = torch.ones(rows, dtype=torch.float64)
+    for event in range(n):
+        t_B = t_B * u_BL[:, event] ** (1 / (n - event))
+        for level in (0.1, 0.5, 0.9):
+            below = float((times_BL[:, event] < t_B.quantile(level)).double().mean())
+            assert abs(below - level) < 5 * (2 * level * (1 - level) / rows) ** 0.5
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("budget", ["ancestral", "bernoulli"])
+def test_bernoulli_at_its_limit_is_the_ancestral_sampler(num_steps, budget):
+    counts = _sampled_counts(num_steps=num_steps, budget=budget, eps=0.0, temperature=1.0, seed=8)
+    assert _chi_square(counts, _exact_ancestral(num_steps)) < chi_square_limit(V**LENGTH - 1)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])

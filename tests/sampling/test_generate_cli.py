@@ -58,6 +58,53 @@ def test_defaults_come_from_the_folder_and_flags_override(model_folder):
     assert result["num_tokens"] == 5 and result["nfe"] == 2
 
 
+@pytest.mark.parametrize(
+    "flags, nfe",
+    [
+        (("--threshold", 0), 1),
+        (("--threshold", 2), 6),
+        (("--threshold", 2, "--steps", 3), 3),
+        (("--factor", 0), 6),
+        (("--entropy-bound", "inf", "--block-length", 2), 3),
+        (("--order", "first_hitting"), 6),
+        (("--order", "left_to_right", "--budget", "llada"), 4),
+        (("--threshold", 0, "--cfg-scale", 1), 2),
+        (("--threshold", 2, "--repetition-penalty", 1.5), 6),
+    ],
+)
+def test_samplers_by_name(model_folder, flags, nfe):
+    # The folder says 4 steps in confidence order; a budget that reads the predictions takes the steps that it needs.
+    (result,) = samples("sample", model_folder, "--prompt", "ab", *flags)
+    assert (result["nfe"], result["num_tokens"]) == (nfe, 6)
+    (result,) = samples("infill", model_folder, "ab[[MASK:4]]c[[MASK:2]]d", *flags)
+    assert (result["nfe"], result["num_tokens"]) == (nfe, 6)
+
+
+def test_a_text_that_ends_is_shown_and_counted_to_its_end(model_folder, tmp_path):
+    folder = tmp_path / "ends"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "generation_config.json").unlink()
+    plain = json.loads((model_folder / "generation_config.json").read_text())
+    (result,) = samples("sample", model_folder, "--prompt", "abc", "--order", "left_to_right", "--steps", 6)
+    assert result["num_tokens"] == 6
+    from dlmconvert.backbone.load import load_denoiser
+
+    denoiser = load_denoiser(model_folder, device="cpu")
+    third = denoiser.tokenizer.encode(result["text"])[3 + 2]
+    (folder / "generation_config.json").write_text(json.dumps(plain | {"eos_token_id": third}))
+    page = tmp_path / "trace.html"
+    ended = run("sample", folder, "--prompt", "abc", "--order", "left_to_right", "--steps", 6, "--trace", "--trace-html", page, "--json")
+    short = json.loads(ended.stdout)
+    length = denoiser.tokenizer.encode(result["text"])[3:].index(third) + 1
+    assert short["num_tokens"] == short["nfe"] == length < 6 and result["text"].startswith(short["text"])
+    data = json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    settled = [event for _, _, events in data["rows"][0]["settled"] for event in events]
+    assert data["numSteps"] == length and sorted(event[0] for event in settled) == list(range(3, 9))
+    assert [event[1:] for event in settled if event[0] >= 3 + length] == [["", None]] * (6 - length)
+
+
 def test_no_prompt_is_an_empty_prompt(model_folder):
     (result,) = samples("sample", model_folder)
     assert result["prompt"] == "" and result["text"] == "".join(result["generated"])
@@ -105,6 +152,9 @@ def test_trace_lines_and_page(model_folder, tmp_path):
     "arguments, message",
     [
         (("sample", "--order", "entropie"), "entropy"),
+        (("sample", "--budget", "evn"), "even"),
+        (("sample", "--threshold", "0.9", "--factor", "1"), "threshold and factor"),
+        (("sample", "--block-length", "1"), "too few"),
         (("sample", "--prompts-file", "nowhere.txt"), "nowhere.txt"),
         (("sample", "--max-new-tokens", "100"), "64"),
         (("sample", "--top-p", "2"), "top_p"),
@@ -128,7 +178,8 @@ def test_infill_without_model_means_the_latest_run(tmp_path, monkeypatch):
 
 def test_order_names_are_those_of_the_sampler():
     from dlmconvert.sampling.api import ALGORITHMS
+    from dlmconvert.sampling.budget import BUDGETS
     from dlmconvert.sampling.order import ORDERS
 
-    assert generate._ORDERS == ORDERS
-    assert {**{name: name for name in ORDERS}, **generate._ORDER_OF_ALG} == ALGORITHMS
+    assert generate._ORDERS == ORDERS and set(ORDERS) == set(ALGORITHMS.values()) and set(ORDERS) <= set(ALGORITHMS)
+    assert generate._BUDGETS == tuple(BUDGETS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_predictors import HashPredictor
 
-from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill
+from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill, with_defaults
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 LEFT = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
@@ -16,7 +16,7 @@ RIGHT = (torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1],
 @pytest.mark.parametrize("alg", ALGORITHMS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padding_on_either_side_and_rows_alone_agree(alg, temperature):
-    how = dict(max_new_tokens=6, steps=4, alg=alg, temperature=temperature, seed=2)
+    how = dict(max_new_tokens=6, steps=None if alg == "first_hitting" else 4, alg=alg, temperature=temperature, seed=2)
     left = diffusion_generate(HashPredictor(), *LEFT, **how)
     right = diffusion_generate(HashPredictor(), *RIGHT, **how)
     assert left.shape == right.shape == (2, 10)
@@ -91,11 +91,49 @@ def test_text_after_the_end_becomes_padding():
 
 @pytest.mark.parametrize(
     "option, hint",
-    [({"temprature": 1}, "temperature"), ({"step": 3}, "steps"), ({"alg": "entropie"}, "entropy"), ({"max_new_tokens": 0}, "at least 1")],
+    [({"temprature": 1}, "temperature"), ({"step": 3}, "steps"), ({"alg": "entropie"}, "entropy"), ({"max_new_tokens": 0}, "at least 1")]
+    + [
+        ({"treshold": 0.9}, "threshold"),
+        ({"threshold": 0.9, "budget": "even"}, "give one of them"),
+        ({"budget": "all"}, "even, ancestral"),
+    ],
 )
 def test_unknown_options_are_refused_with_the_nearest_name(option, hint):
     with pytest.raises(ValueError, match=hint):
         diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 2, **option})
+
+
+def test_a_budget_without_an_alg_brings_its_order():
+    def run(**options):
+        return diffusion_generate(HashPredictor(), *LEFT, max_new_tokens=8, **options).tolist()
+
+    for budget in ({"threshold": 0.3}, {"factor": 2.2}):
+        assert run(**budget) == run(**budget, alg="confidence") != run(**budget, alg="origin")
+    assert run(entropy_bound=1.5) == run(entropy_bound=1.5, alg="entropy") != run(entropy_bound=1.5, alg="left_to_right")
+    assert run() == run(alg="origin")
+
+
+def test_a_row_that_has_ended_costs_nothing_and_is_padded():
+    how = dict(max_new_tokens=6, alg="left_to_right", eos_token_id=1, pad_token_id=0, return_dict_in_generate=True)
+    output = diffusion_generate(HashPredictor(favourite=1), *LEFT, **how)
+    assert output.nfe == 1 and output.sequences[:, 4:].tolist() == [[1, 0, 0, 0, 0, 0]] * 2
+
+
+def test_a_call_over_the_saved_defaults():
+    saved = {"steps": 64, "alg": "origin", "top_p": 0.9}
+    assert with_defaults({"steps": 8}, saved) == {"steps": 8, "alg": "origin", "top_p": 0.9}
+    assert with_defaults({"threshold": 0.9}, saved) == {"threshold": 0.9, "top_p": 0.9}
+    assert with_defaults({"threshold": 0.9, "steps": 8, "alg": "entropy"}, saved) == {
+        "threshold": 0.9,
+        "top_p": 0.9,
+        "steps": 8,
+        "alg": "entropy",
+    }
+    assert with_defaults({"alg": "first_hitting"}, saved) == {"alg": "first_hitting", "top_p": 0.9}
+    tuned = {"threshold": 0.9, "alg": "confidence", "block_length": 32}
+    assert with_defaults({"factor": 1.0}, tuned) == {"factor": 1.0, "block_length": 32}
+    assert with_defaults({"alg": "entropy", "steps": 4}, tuned) == {"alg": "entropy", "steps": 4, "block_length": 32}
+    assert with_defaults({"block_length": None}, tuned) == {"threshold": 0.9, "alg": "confidence", "block_length": None}
 
 
 def test_infill_fills_gaps_of_rows_of_different_length():
@@ -128,3 +166,39 @@ def test_a_real_model_gives_each_row_what_it_gives_alone():
     assert left[1, 2:].tolist() == right[1, :8].tolist() and torch.equal(left[0], right[0])
     for number, prompt in enumerate(PROMPTS):
         assert diffusion_generate(predictor, torch.tensor([prompt]), **how)[0].tolist() == left[number, 4 - len(prompt) :].tolist()
+
+
+def test_an_exported_model_takes_the_same_options():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from dlmconvert.exporting.standalone import DiffusionMixin
+
+    class Exported(DiffusionMixin, GPT2LMHeadModel):
+        pass
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None
+    )
+    config.dlm = {"mask_token_id": 39, "vocab_size": 40, "alignment": "shift"}
+    model = Exported(config).eval()
+    for name, value in {"steps": 3, "alg": "origin", "max_new_tokens": 8}.items():
+        setattr(model.generation_config, name, value)
+    prompt, mask = LEFT
+
+    def nfe(**options):
+        output = model.diffusion_generate(prompt, mask, return_dict_in_generate=True, **options)
+        rows = model.infill([[5, None, None, 6, None], [7, None]], return_dict_in_generate=True, **options)
+        assert output.sequences.shape == (2, 12) and not bool((output.sequences == 39).any())
+        assert [len(row) for row in rows.sequences] == [5, 2] and max(max(row) for row in rows.sequences) < 39
+        return output.nfe, rows.nfe
+
+    assert max(nfe()) <= 3
+    assert nfe(threshold=0.0) == nfe(factor=float("inf")) == nfe(entropy_bound=float("inf")) == (1, 1)
+    assert nfe(threshold=1.1) == nfe(alg="first_hitting") == nfe(threshold=1.1, block_length=2) == (8, 3)
+    assert nfe(threshold=0.0, block_length=2) == (4, 2) and nfe(alg="left_to_right", steps=2) == (2, 2)
+    assert nfe(entropy_bound=0.0, cfg_scale=1.0, repetition_penalty=1.2) == (16, 6)
+    with pytest.raises(ValueError, match="give one of them"):
+        nfe(threshold=0.9, entropy_bound=0.1)
+    with pytest.raises(ValueError, match="did you mean 'threshold'"):
+        nfe(treshold=0.9)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_predictors import chi_square_limit
+from tiny_predictors import chi_square_limit, plan
 
+from dlmconvert.sampling.blocks import Blocks, check_blocks
 from dlmconvert.sampling.budget import ancestral, even
 from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts, check_predictable, cut_at
 from dlmconvert.sampling.draw import draw_tokens
-from dlmconvert.sampling.filters import ban, check_filters, keep_top_k
+from dlmconvert.sampling.filters import ban, check_filters, keep_top_k, penalise_repetition
 from dlmconvert.sampling.order import best
 
 
@@ -73,7 +74,9 @@ def test_top_k():
     assert keep_top_k(torch.zeros(1, 3), 9).isfinite().all()
 
 
-@pytest.mark.parametrize("values", [(-1, None, None), (float("nan"), None, None), (1, 0, None), (1, 1.5, None), (1, None, 0)])
+@pytest.mark.parametrize(
+    "values", [(-1, None, None), (float("nan"), None, None), (1, 0, None), (1, 1.5, None), (1, None, 0), (1, None, None, 0)]
+)
 def test_filters_without_meaning_are_refused(values):
     with pytest.raises(ValueError):
         check_filters(*values)
@@ -85,10 +88,44 @@ def test_even_budget_sums_to_n(n, num_steps):
     masked_BL = torch.ones(1, n, dtype=torch.bool)
     counts = []
     for step in range(num_steps):
-        count_B = even(masked_BL, torch.tensor([n]), torch.zeros(1, n), step, num_steps)
+        count_B = even(plan(masked_BL, [n], step, num_steps))
         masked_BL &= ~best(torch.zeros(1, n), masked_BL, count_B)
         counts.append(int(count_B))
     assert sum(counts) == n and max(counts) - min(counts) <= 1
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits_NV = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    tokens_BL = torch.tensor([[1, 2, 2, 8], [3, 3, 0, 7]])
+    visible_BL = torch.tensor([[True, True, True, False], [True, False, True, True]])
+    rows_N = torch.tensor([0, 1, 1])
+    ours_NV = penalise_repetition(logits_NV, rows_N, tokens_BL, visible_BL, 1.7)
+    for place, row in enumerate(rows_N.tolist()):
+        visible = tokens_BL[row][visible_BL[row]][None]
+        assert torch.equal(RepetitionPenaltyLogitsProcessor(1.7)(visible, logits_NV[place : place + 1].clone())[0], ours_NV[place])
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 17])
+@pytest.mark.parametrize("block_length", [1, 4, 5, 40])
+def test_steps_are_shared_by_the_blocks(n, block_length):
+    num_blocks = -(-n // block_length)
+    for num_steps in range(num_blocks, 2 * n + 3):
+        blocks = Blocks(torch.ones(1, n, dtype=torch.bool), block_length, num_steps)
+        shares = [int(blocks._steps_of(torch.tensor([number]))) for number in range(num_blocks)]
+        assert sum(shares) == num_steps and min(shares) >= 1
+        if n % block_length == 0 and num_steps % num_blocks == 0:  # LLaDA's case
+            assert set(shares) == {num_steps // num_blocks}
+    with pytest.raises(ValueError, match="too few"):
+        check_blocks(torch.ones(1, n + 1, dtype=torch.bool), 1, n)
+    with pytest.raises(ValueError, match="block_length"):
+        check_blocks(torch.ones(1, n, dtype=torch.bool), 0, n)
+
+
+def test_blocks_are_cut_from_the_masked_positions_across_gaps():
+    masked_BL = torch.tensor([[False, True, True, False, True, False, True, True]])
+    assert Blocks(masked_BL, 2, None).number_BL[masked_BL].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_ties_commit_exactly_the_count_from_left_to_right():
@@ -103,7 +140,7 @@ def test_ancestral_reveal_step_is_uniform():
     counts = []
     for step in range(num_steps):
         u_BL = torch.rand(1, length, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        count_B = ancestral(masked_BL, torch.tensor([length]), u_BL, step, num_steps)
+        count_B = ancestral(plan(masked_BL, [length], step, num_steps, u_BL))
         masked_BL &= ~best(-u_BL, masked_BL, count_B)
         counts.append(int(count_B))
     expected = length / num_steps

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dlmconvert.diffusion.randomness import counter_hash, counter_uniform
+from dlmconvert.sampling.budget import Plan
 
 VECTORS = Path(__file__).parents[2].parent / "shared" / "vectors"
 
@@ -22,6 +23,15 @@ def vectors(name: str) -> dict:
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     return json.loads(path.read_text())
+
+
+def plan(
+    masked_BL: torch.Tensor, num_masked: list[int], step: int, num_steps: int, u_BL: torch.Tensor | None = None, eps: float = 1e-3
+) -> Plan:
+    """The state of one block that is the whole row."""
+    rows = masked_BL.shape[0]
+    u_BL = torch.zeros(masked_BL.shape, dtype=torch.float64) if u_BL is None else u_BL
+    return Plan(masked_BL, torch.tensor(num_masked), torch.full((rows,), step), torch.full((rows,), num_steps), u_BL, eps)
 
 
 class HashPredictor:

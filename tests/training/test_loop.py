@@ -21,7 +21,8 @@ def gradients(engine, settings, stream=None, step=1):
     context, loss = context_of(settings, step), 0.0
     for start in range(0, ROWS, settings.micro_batch):
         batch = stream.batch(step, start, min(start + settings.micro_batch, ROWS))
-        part, sums = batch_loss(engine, batch, context, settings, stream.num_eligible(step), -(-ROWS // settings.micro_batch))
+        counts = stream.num_eligible(step), -(-ROWS // settings.micro_batch), stream.num_masked(step)
+        part, sums = batch_loss(engine, batch, context, settings, *counts)
         engine.backward(part)
         loss += sums["loss"]
     return loss, {name: p.grad.clone() for name, p in engine.parameters.items() if p.grad is not None}

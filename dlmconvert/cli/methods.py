@@ -1,0 +1,79 @@
+"""`dlmconvert methods`: the published methods by their four choices; with a name, one of them whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with what differs from its paper.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """List the published methods; each is four choices (method.name=NAME; single choices may be changed)."""
+    from dataclasses import asdict
+
+    from dlmconvert.cli.console import out
+    from dlmconvert.errors import UserError, nearest
+    from dlmconvert.methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise UserError(f"{name!r} is not a published method", nearest(name, METHODS), "dlmconvert methods lists them all")
+    if json:
+        from json import dumps
+
+        out(dumps([asdict(row) for row in METHODS.values()] if name is None else asdict(METHODS[name]), indent=1))
+    elif name is not None:
+        out(_whole(METHODS[name]))
+    else:
+        _table(METHODS.values())
+
+
+def _table(rows) -> None:
+    from rich.table import Table
+
+    from dlmconvert.cli.console import out
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", style="bold", no_wrap=True)
+    for heading in ("paper", "attention", "alignment", "corruption", "objective"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row.name, row.paper, *(text for _, text in axes(row.choices)))
+    out(table)
+    out("\ndlmconvert methods NAME: one method, and where it departs from its paper")
+
+
+def _whole(row) -> str:
+    lines = [f"{row.name}: {row.summary}", f"  paper       {row.paper}"]
+    lines += [f"  {axis:11} {text}" for axis, text in axes(row.choices)]
+    for heading, text in (("departs", row.departs), ("unverified", row.unverified)):
+        if text:
+            lines += ["", f"{heading}: {text}"]
+    return "\n".join(lines)
+
+
+def axes(choices: dict) -> list[tuple[str, str]]:
+    """The four choices in words, defaults of the schema filled in."""
+    from dlmconvert.recipe.schema import Method
+
+    method = Method.model_validate(choices)
+    attention, corruption, objective = method.attention, method.corruption, method.objective
+    path = {"none": "at once", "random": "annealed at random pairs", "window": "annealed by a growing window"}[attention.anneal]
+    steps = f" over {attention.anneal_steps:g} steps" if attention.anneal_steps is not None else ""
+    noise = {
+        "uniform": "t uniform", "stratified": "t stratified", "offset": "t evenly spaced", "antithetic": "t and 1 - t",
+    }[corruption.noise_levels]  # fmt: skip
+    if corruption.band is not None:
+        noise += " in [{:g}, {:g}]".format(*corruption.band)
+    extras = {"bernoulli": "", "at_least_one": ", at least one mask", "exact": ", exact counts"}[corruption.count]
+    extras += ", complementary pairs" if corruption.views == "complementary" else ""
+    weight = {"elbo": "1/t", "unweighted": "unweighted", "cart": f"CART, p = {objective.cart_p:g}"}[objective.weight]
+    divisor = {"eligible": "eligible tokens", "masked": "masked tokens", "masked_micro_batch": "masked tokens of a micro-batch"}[objective.normaliser]
+    return [
+        ("attention", attention.pattern if attention.pattern == "causal" else f"{attention.pattern}, {path}{steps}"),
+        ("alignment", method.alignment.replace("_", " ")),
+        ("corruption", f"masking, {noise}{extras}" if corruption.kind == "masking" else "none"),
+        ("objective", f"{weight}, over {divisor}"),
+    ]

@@ -1,0 +1,82 @@
+"""Every corruption through the stream that training reads: splits, pairs, and the count of masked tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from data_examples import story, write_jsonl
+from test_loader import assert_same, stream, tensors
+
+from dlmconvert.data.packing import prepare_rows
+from dlmconvert.recipe.schema import TextSource
+
+CHOICES = {
+    "exact": {"count": "exact"},
+    "exact, uniform": {"count": "exact", "noise_levels": "uniform"},
+    "at least one": {"count": "at_least_one", "noise_levels": "antithetic"},
+    "band": {"band": (0.3, 0.8), "noise_levels": "offset"},
+    "exact in a band": {"count": "exact", "band": (0.3, 0.8)},
+    "all": {"band": (1.0, 1.0)},
+    "pairs": {"views": "complementary"},
+    "pairs in a band": {"views": "complementary", "band": (0.25, 0.75), "noise_levels": "uniform", "alignment": "in_place"},
+    "none": {"corruption_kind": "none"},
+}
+
+
+@pytest.fixture
+def stores(tmp_path, tokenizer):
+    """Two small sources with isolated documents."""
+    paths = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": story(100 * k + i, 12 + 8 * k)} for i in range(20)]) for k in (0, 1)]
+    return prepare_rows(
+        [TextSource(path=str(path)) for path in paths], tokenizer=tokenizer, tokenizer_fingerprint="t", row_length=16,
+        cache_folder=tmp_path / "cache", separator_id=0, validation=0, documents="isolated", workers=1,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("cuts", [[0, 3, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+def test_micro_batches_put_together_are_the_batch(stores, name, cuts):
+    """Also where a cut goes through a pair."""
+    whole = stream(stores, [2.0, 1.0], **CHOICES[name]).batch(5)
+    parts = [stream(stores, [2.0, 1.0], **CHOICES[name]).batch(5, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert sum((part.row_ids for part in parts), []) == whole.row_ids
+    for number, tensor in enumerate(tensors(whole)):
+        assert torch.equal(torch.cat([tensors(part)[number] for part in parts]), tensor)
+    assert_same(stream(stores, [2.0, 1.0], **CHOICES[name]).batch(5), whole)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_masked_tokens_are_counted_without_reading_them(stores, name, monkeypatch):
+    import dlmconvert.data.loader as loader
+
+    monkeypatch.setattr(loader, "COUNTED_ROWS", 3)
+    batches = stream(stores, **CHOICES[name])
+    for step in (0, 7):
+        batch = batches.batch(step)
+        assert batches.num_masked(step) == int(batch.masked_BL.sum()) > 0
+        assert batches.num_eligible(step) == int(batch.eligible_BL.sum())
+        assert not (batch.masked_BL & ~batch.eligible_BL).any() and bool((batch.t_B > 0).all())
+
+
+def test_counts_of_rows(stores):
+    for step in range(10):
+        exact, forced = stream(stores, count="exact").batch(step), stream(stores, count="at_least_one", eps=1e-6).batch(step)
+        for batch in (exact, forced):
+            assert bool((batch.masked_BL.sum(1) >= 1).all())
+        torch.testing.assert_close(exact.t_B, exact.masked_BL.sum(1) / exact.eligible_BL.sum(1))
+        assert stream(stores, band=(1.0, 1.0)).batch(step).masked_BL.equal(exact.eligible_BL)
+
+
+def test_pairs_are_one_row_in_two_views(stores):
+    batches = stream(stores[:1], views="complementary", rows_per_step=8)
+    rows = []
+    for step in range(6):
+        batch = batches.batch(step)
+        assert batch.row_ids[::2] == batch.row_ids[1::2]
+        assert torch.equal(batch.masked_BL[::2] ^ batch.masked_BL[1::2], batch.eligible_BL[::2])
+        torch.testing.assert_close(batch.t_B[::2] + batch.t_B[1::2], torch.ones(4))
+        assert batches.num_masked(step) * 2 == batches.num_eligible(step)
+        rows += batch.row_ids[::2]
+    # The text is read as ever, at half the pace.
+    plain = stream(stores[:1], rows_per_step=4)
+    assert rows == sum((plain.batch(step).row_ids for step in range(6)), [])
