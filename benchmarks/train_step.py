@@ -48,7 +48,7 @@ from dlmconvert.backbone.rewrite import rewrite_config  # noqa: E402
 from dlmconvert.backbone.spec import DlmSpec  # noqa: E402
 from dlmconvert.data.loader import Batch, BatchStream, Mixture  # noqa: E402
 from dlmconvert.diffusion.attention import AttentionContext  # noqa: E402
-from dlmconvert.diffusion.corruption import mask_tokens  # noqa: E402
+from dlmconvert.diffusion.corruption import draw_masks  # noqa: E402
 from dlmconvert.training.engine import SingleDeviceEngine  # noqa: E402
 from dlmconvert.training.loop import LoopSettings, batch_loss  # noqa: E402
 from dlmconvert.training.optimizer import make_adamw  # noqa: E402
@@ -82,7 +82,8 @@ def half_masked_batch(num_rows: int, length: int) -> Batch:
     eligible_BL[:, 0] = False
     order_BL = torch.rand(x_0_BL.shape, generator=generator).masked_fill(~eligible_BL, 2.0).argsort(1).argsort(1)
     t_B = torch.full((num_rows,), 0.5)
-    x_t_BL, masked_BL = mask_tokens(x_0_BL, eligible_BL, t_B, order_BL / (length - 1), MASK_TOKEN_ID)
+    masked_BL, _ = draw_masks(eligible_BL, t_B, order_BL / (length - 1), "bernoulli")
+    x_t_BL = x_0_BL.masked_fill(masked_BL, MASK_TOKEN_ID)
     positions_BL = torch.arange(length).expand(num_rows, length).contiguous()
     return Batch(0, x_0_BL, x_t_BL, masked_BL, eligible_BL, t_B, None, positions_BL, [(0, 0, row) for row in range(num_rows)])
 

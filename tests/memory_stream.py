@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, denoiser, rewritten
 
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.corruption import mask_tokens
+from dlmconvert.diffusion.corruption import draw_masks
 from dlmconvert.diffusion.randomness import MASK, counter_uniform
 from dlmconvert.diffusion.schedules import noise_levels
 from dlmconvert.training.checkpoint import CheckpointFolder
@@ -44,7 +44,8 @@ class MemoryStream:
         else:
             t_B = noise_levels(0, step, ROWS, 1e-3, "uniform")[start:stop]
             u_BL = counter_uniform(MASK, 0, step, ids_B[:, None], torch.arange(LENGTH))
-            x_t_BL, masked_BL = mask_tokens(x_0_BL, eligible_BL, t_B, u_BL, VOCAB - 1)
+            masked_BL, t_B = draw_masks(eligible_BL, t_B, u_BL, "bernoulli")
+            x_t_BL = x_0_BL.masked_fill(masked_BL, VOCAB - 1)
         return SimpleNamespace(
             x_0_BL=x_0_BL, x_t_BL=x_t_BL, masked_BL=masked_BL, t_B=t_B.float(), positions_BL=torch.arange(LENGTH).expand_as(x_0_BL),
             segments_BL=None if self.segments is None else segments_BL, row_ids=ids_B.tolist(),

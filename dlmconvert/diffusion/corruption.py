@@ -11,22 +11,12 @@ from __future__ import annotations
 import torch
 
 
-def mask_tokens(
-    x_0_BL: torch.Tensor, eligible_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, mask_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each eligible token becomes the mask token with probability t: q(x_t = M) = 1 - alpha_t = t (linear schedule).
-
-    u_BL: uniform draws in [0, 1). Returns (x_t_BL, masked_BL). The masks are a boolean array because the mask token may be
-    an ordinary word that the text contains as well. arXiv 2107.03006, arXiv 2410.17891 Algorithm 1.
-    """
-    masked_BL = eligible_BL & (u_BL < t_B[:, None])
-    return x_0_BL.masked_fill(masked_BL, mask_token_id), masked_BL
-
-
 def draw_masks(eligible_BL: torch.Tensor, t_B: torch.Tensor, u_BL: torch.Tensor, count: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(masked_BL, t_B): which eligible tokens of each row are masked at its level, and the t of its weight 1/t.
+    """(masked_BL, t_B): which eligible tokens of each row are masked at its level t_B, and the t of its weight 1/t.
 
-    count: `bernoulli`, `at_least_one` or `exact`; see the three functions below.
+    count: `bernoulli`: each becomes the mask token with probability t, q(x_t = M) = 1 - alpha_t = t (linear schedule; arXiv
+    2107.03006, arXiv 2410.17891 Algorithm 1). `exact`, `at_least_one`: see the functions below.
+    The masks are a boolean array because the mask token may be an ordinary word that the text contains as well.
     """
     if count == "exact":
         return exact_count(eligible_BL, t_B, u_BL)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dlmconvert.recipe.schema import Corruption, Recipe
+    from dlmconvert.recipe.schema import Attention, Corruption, Recipe
 
 
 def method_contradictions(recipe: Recipe):
     """Of the four choices: sentences that begin with the key. No semicolons: they separate the sentences of a list."""
     attention, corruption, objective = recipe.method.attention, recipe.method.corruption, recipe.method.objective
+    yield from _annealing_contradictions(attention, recipe.train.steps)
     if attention.pattern == "causal" and corruption.kind != "none":
         yield "method.attention.pattern=causal is the AR objective: it needs method.corruption.kind=none (method.name=ar)"
     if attention.pattern == "bidirectional" and corruption.kind == "none":
@@ -35,6 +36,25 @@ def method_contradictions(recipe: Recipe):
             "method.objective.weight=elbo with method.objective.normaliser=masked corrects twice for how much is masked (about twice the "
             "bound): use normaliser=eligible, or weight=unweighted, or the published form, normaliser=masked_micro_batch"
         )
+
+
+def _annealing_contradictions(attention: Attention, steps: int):
+    anneal_steps = attention.anneal_steps
+    if attention.anneal == "none":
+        if anneal_steps is not None:
+            yield "method.attention.anneal_steps is set but method.attention.anneal=none: set anneal=random, or leave anneal_steps out"
+        return
+    if anneal_steps is None:
+        yield f"method.attention.anneal={attention.anneal} needs method.attention.anneal_steps (steps, or a fraction of train.steps)"
+    elif anneal_steps >= 1 and anneal_steps != int(anneal_steps):
+        yield f"method.attention.anneal_steps={anneal_steps} is neither a whole number of steps nor a fraction below 1"
+    elif anneal_steps > steps:
+        yield (
+            f"method.attention.anneal_steps={anneal_steps:g} leaves no step of train.steps={steps} fully bidirectional: "
+            "lower it, or give a fraction such as 0.5"
+        )
+    if attention.pattern == "causal":
+        yield "method.attention.anneal leads away from causal attention: it contradicts method.attention.pattern=causal"
 
 
 def _corruption_contradictions(corruption: Corruption):

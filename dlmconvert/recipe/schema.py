@@ -344,7 +344,7 @@ def anneal_steps_of(attention: Attention, steps: int) -> int:
 
 def contradictions(recipe: Recipe):
     """Every pair of values that cannot both be meant, as sentences that begin with the key."""
-    source, method, attention = recipe.source, recipe.method, recipe.method.attention
+    source = recipe.source
     if source.model is None and source.scratch is None:
         yield "source.model is empty: name a Hub id or a folder (source.model=gpt2), or give source.scratch"
     if source.if_missing == "scratch" and source.scratch is None:
@@ -355,20 +355,6 @@ def contradictions(recipe: Recipe):
         yield "source.model and source.scratch are both set: leave one out, or set source.if_missing=scratch"
     if recipe.pretrain is not None and source.scratch is None:
         yield "pretrain trains random weights: it needs source.scratch"
-    if attention.anneal != "none":
-        if attention.anneal_steps is None:
-            yield f"method.attention.anneal={attention.anneal} needs method.attention.anneal_steps (steps, or a fraction of train.steps)"
-        elif attention.anneal_steps >= 1 and attention.anneal_steps != int(attention.anneal_steps):
-            yield f"method.attention.anneal_steps={attention.anneal_steps} is neither a whole number of steps nor a fraction below 1"
-        elif anneal_steps_of(attention, recipe.train.steps) > recipe.train.steps:
-            yield (
-                f"method.attention.anneal_steps={attention.anneal_steps:g} leaves no step of train.steps={recipe.train.steps} "
-                "fully bidirectional: lower it, or give a fraction such as 0.5"
-            )
-        if attention.pattern == "causal":
-            yield "method.attention.anneal leads away from causal attention: it contradicts method.attention.pattern=causal"
-    elif attention.anneal_steps is not None:
-        yield "method.attention.anneal_steps is set but method.attention.anneal=none: set anneal=random, or leave anneal_steps out"
     yield from method_contradictions(recipe)
     engine = recipe.engine
     if engine.offload_optimizer != "none" and engine.zero_stage == 0:

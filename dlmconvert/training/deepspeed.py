@@ -7,6 +7,7 @@ accumulation steps and averages over the ranks; both are undone by one factor.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def load_deepspeed(ranks: Any) -> Any:
     if not torch.cuda.is_available():
         # Else a shared-memory kernel is compiled at the first start; gloo does the same without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        # Else the configuration is checked against one process before an engine is there.
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
@@ -246,4 +250,5 @@ def checkpoint_tensors(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]
         return torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it talks, and draws bars
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

@@ -1,0 +1,197 @@
+"""Several processes give the run of one, whatever is done to them: through the command line, over gloo, on the CPU.
+
+Bounds: the order of additions is another one, and AdamW's first steps divide by second moments near 0. Measured here: losses within
+1.2e-7 a step, weights within 5e-4.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import SMALL, curve, steps_kept, weights, write_corpus
+from safetensors.torch import load_file
+
+KILLED = -signal.SIGKILL
+LONG = [*SMALL, "train.steps=24", "train.save_steps=5", "train.log_steps=1", "engine.name=deepspeed", "run.folder=run"]
+EVERYTHING_IN_PARTS = ["engine.zero_stage=3", "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    from zygote import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def straight(zygote, tiny_checkpoints, tmp_path_factory):
+    """Runs that nobody touched, by name: the single engine, one and two processes."""
+    done = {}
+    kinds = {
+        "single": ["engine.name=single"],
+        "two": ["--processes", "2"],
+        "two, stage 3": [*EVERYTHING_IN_PARTS, "--processes", "2"],
+    }
+
+    def get(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("straight")
+            write_corpus(folder)
+            status, text = zygote.run(folder, "adapt", tiny_checkpoints["gpt2"], *LONG, *kinds[kind])
+            assert status == 0, text
+            done[kind] = folder / "run" / "adapt"
+        return done[kind]
+
+    return get
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def same(stage, expected):
+    return curve(stage) == curve(expected) and weights(stage / "model") == weights(expected / "model")
+
+
+def close(stage, expected, loss=1e-5, weight=2e-3):
+    for line, other in zip(curve(stage), curve(expected), strict=True):
+        for name in ("loss", "nelbo", "cross_entropy", "masked_fraction", "learning_rate"):
+            assert line[name] == pytest.approx(other[name], rel=loss, abs=loss), (line["step"], name)
+    ours, theirs = load_file(stage / "model" / "model.safetensors"), load_file(expected / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < weight
+
+
+def ranks_of(child) -> list[int]:
+    found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+def steps_done(run) -> int:
+    path = run / "adapt" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
+def test_two_processes_agree_with_the_single_engine(kind, straight):
+    close(straight(kind), straight("single"))
+
+
+def test_the_model_folder_of_zero_3_is_a_plain_one(straight):
+    """Tied embeddings and an added mask row included: stock transformers loads it, and the tie is written once."""
+    from transformers import AutoModelForCausalLM
+
+    folder = straight("two, stage 3") / "model"
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_input_embeddings().weight.shape[0] == 301
+    other = AutoModelForCausalLM.from_pretrained(straight("single") / "model")
+    tokens = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_rank_is_killed(victim, zygote, straight, place, tiny_checkpoints):
+    """The run ends within seconds with one message; the same command gives the straight run to the last bit."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "--processes", "2"]
+    child = zygote.start(place, *command)
+    child.wait_for(lambda: steps_done(place / "run") >= 7, seconds=120)
+    ranks = ranks_of(child)
+    os.kill(ranks[victim], signal.SIGKILL)
+    assert child.wait() == 1
+    assert f"rank {victim} of 2 was killed by SIGKILL" in child.text() and child.text().count("error:") == 1, child.text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    status, text = zygote.run(place, *command)
+    assert status == 0 and "continuing from the checkpoint of step" in text, text
+    assert same(place / "run" / "adapt", straight("two"))
+
+
+def test_all_are_killed_while_a_checkpoint_is_written(zygote, straight, place, tiny_checkpoints):
+    """The command itself dies by SIGKILL: its ranks die with it, and let go of the run."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "--processes", "2"]
+    checkpoints = place / "run" / "adapt" / "checkpoints"
+    child = zygote.start(place, *command)
+    child.wait_for(lambda: list(checkpoints.glob(".writing-step-000010")) or (checkpoints / "step-000010").exists(), seconds=120)
+    child.send(signal.SIGKILL)
+    assert child.wait() == KILLED
+    status, text = zygote.run(place, *command)
+    assert status == 0, text
+    assert same(place / "run" / "adapt", straight("two")) and not list(checkpoints.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
+def test_another_number_of_processes_continues(kind, zygote, straight, place, tiny_checkpoints):
+    """2 -> 1 -> 4: the same batches, and the loss equal but for the order of additions."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, *(EVERYTHING_IN_PARTS if "3" in kind else [])]
+    for processes, step in ((2, 5), (1, 12)):
+        child = zygote.start(place, *command, "--processes", processes)
+        child.wait_for(lambda step=step: steps_done(place / "run") >= step, seconds=120)
+        child.send(signal.SIGTERM)
+        assert child.wait() == 75, child.text()
+        (*_, saved) = steps_kept(place / "run" / "adapt")
+        assert f"SIGTERM: saved at step {saved} and left" in child.text() and child.text().count("error:") == 1, child.text()
+    status, text = zygote.run(place, *command, "--processes", 4)
+    assert status == 0 and f"continuing from the checkpoint of step {saved}" in text, text
+    close(place / "run" / "adapt", straight("single"))
+
+
+def test_what_cannot_be_meant_is_refused_in_one_message(zygote, straight, place, tiny_checkpoints):
+    shutil.copytree(straight("two").parent, place / "run")
+    (place / "run" / "adapt" / "model").rename(place / "gone")
+    source = tiny_checkpoints["gpt2"]
+    for words, message in (
+        (["--processes", "3", "run.folder=other"], "train.rows_per_step=4 cannot be dealt to 3 processes"),
+        (["--processes", "2", "run.folder=other", "engine.deepspeed.gradient_clipping=9"], "gradient_clipping=9 contradicts 1.0"),
+        (["--processes", "2", "run.folder=other", "engine.name=single"], "engine.name=single"),
+        (["--processes", "2", "engine.zero_stage=3"], "engine.zero_stage: 2 -> 3"),
+        (["--processes", "2", "data.train=absent.jsonl", "run.folder=other"], "absent.jsonl"),
+    ):
+        status, text = zygote.run(place, "adapt", source, *LONG, *words)
+        assert status == 2 and message in text and text.count("error:") == 1, text
+
+
+def test_a_failure_of_another_rank_is_told_with_its_number(zygote, place, tiny_checkpoints, monkeypatch):
+    """Here by a checkpoint folder in which only rank 1 cannot write."""
+    log = place / "fail.py"
+    log.write_text(
+        "import sys, os\n"
+        f"sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]!r}\n"
+        "import conftest, torch\n"
+        "import dlmconvert.training.loop as loop\n"
+        "real = loop.batch_loss\n"
+        "def fails(engine, batch, *rest):\n"
+        "    if engine.ranks.rank == 1 and batch.step == 3: raise OSError(28, 'No space left on device')\n"
+        "    return real(engine, batch, *rest)\n"
+        "loop.batch_loss = fails\n"
+        "from dlmconvert.cli.app import main\n"
+        "main()\n"
+    )
+    words = ["adapt", tiny_checkpoints["gpt2"], *LONG, "--processes", "2"]
+    done = subprocess.run([sys.executable, str(log), *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "rank 1 of 2: the disk is full" in done.stderr and done.stderr.count("error:") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_torchrun_is_recognised(straight, place, tiny_checkpoints):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "dlmconvert", "adapt", tiny_checkpoints["gpt2"], *LONG]
+    words[words.index("--master-port") : words.index("--master-port") + 2] = ["--standalone"]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run/adapt/model") == 1  # rank 0 alone prints
+    assert same(place / "run" / "adapt", straight("two"))
