@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dlmconvert.evaluation.retention import Retention
 
 
 def evaluate(
@@ -18,19 +22,30 @@ def evaluate(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows in one forward.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    retention: Annotated[bool, typer.Option("--retention", help="How much of the AR source is left, instead of the likelihood.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="PNG of --retention (default: plots/retention.png of the run).")] = None,
     json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """NELBO in nats a token and bits a byte, with its standard error, beside the AR source's NLL."""
+    """NELBO in nats a token and bits a byte, with its standard error, beside the AR source's NLL. With --retention: what is left of that source."""
     from dlmconvert.cli.console import ConsoleReporter, console, out
     from dlmconvert.recipe.schema import Evaluation
-    from dlmconvert.runs.evaluations import evaluate_model
+    from dlmconvert.runs.evaluations import evaluate_model, measure_retention
     from dlmconvert.runs.folder import find_model
 
     location = find_model(model)
     console.print(f"model {location.note}")
     defaults = location.run.recipe().eval if location.run is not None else Evaluation()
     chosen = Evaluation(rows=rows or defaults.rows, draws=draws or defaults.draws, batch=batch or defaults.batch, seed=seed)
-    results = evaluate_model(location, chosen, ConsoleReporter(), data=data, source=source, row_length=row_length, device=device)
+    reporter = ConsoleReporter()
+    if retention:
+        if draws is not None or seed:
+            reporter.warn("--draws and --seed have no part in --retention: it reads clean text")
+        found = measure_retention(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device, plot=plot)
+        _show_retention(found, json)
+        return
+    if plot is not None:
+        reporter.warn("--plot is ignored: it belongs to --retention")
+    results = evaluate_model(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device)
     if json:
         out(json_module.dumps(results, indent=1))
         return
@@ -42,3 +57,35 @@ def evaluate(
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         table.add_row(row["what"], f"{bound}{row['nats_per_token']:.4f}", "" if row["standard_error"] is None else f"{row['standard_error']:.4f}", bits, f"{row['tokens']:,}", str(row["draws"]))
     out(table)
+
+
+def _show_retention(found: Retention, json: bool) -> None:
+    from rich.table import Table
+
+    from dlmconvert.cli.console import console, out
+
+    if json:
+        out(json_module.dumps(found.to_dict(), indent=1))
+        return
+    weights, agreement = found.weights, found.agreement
+    kinds = [part.kind for part in weights.by_kind]
+    drift = {(part.layer, part.kind): part.relative for part in weights.parts}
+    table = Table("layer", *(f"{kind} moved" for kind in kinds), "hidden cosine", box=None)
+    layers = sorted({part.layer for part in weights.parts if part.layer is not None})
+    for layer in [None, *layers]:
+        cells = ["" if drift.get((layer, kind)) is None else f"{drift[layer, kind]:.2%}" for kind in kinds]
+        at = 0 if layer is None else layer + 1
+        table.add_row("outside" if layer is None else str(layer), *cells, f"{agreement.cosine[at]:.4f}" if at < len(agreement.cosine) else "")
+    table.add_row("all", *("" if part.relative is None else f"{part.relative:.2%}" for part in weights.by_kind), "")
+    out(table)
+    out()
+    read = Table("left to right", "source", "converted", box=None)
+    read.add_row("AR perplexity", f"{agreement.perplexity_before:.4f}", f"{agreement.perplexity_after:.4f}")
+    read.add_row("nats a token", f"{agreement.nats_before:.4f}", f"{agreement.nats_after:.4f}")
+    read.add_row("same greedy token", "", f"{agreement.greedy:.2%}")
+    read.add_row("expected acceptance", "", f"{agreement.acceptance:.2%}")
+    out(read)
+    out()
+    if weights.not_compared:
+        console.print(f"{len(weights.not_compared)} tensors that only one side has: {', '.join(weights.not_compared[:3])}", soft_wrap=True)
+    out(found.to_dict()["sentence"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlmconvert.errors import UserError
 from dlmconvert.recipe.schema import Evaluation, TextSource
 from dlmconvert.runs.folder import ModelLocation
 from dlmconvert.runs.stage import Reporter, StageContext, StopFlag
+
+if TYPE_CHECKING:
+    from dlmconvert.evaluation.retention import Retention
 
 
 def evaluate_model(
@@ -25,11 +30,70 @@ def evaluate_model(
 
     data: a text of the user's own; without it the run's held-out rows. Raises UserError when there is neither.
     """
-    import tempfile
-
     from dlmconvert.backbone.load import load_tokenizer, resolve_checkpoint
 
     tokenizer = load_tokenizer(location.path)
+    with _held_out_rows(location, tokenizer, reporter, data, row_length) as rows:
+        asked: list[tuple[str, Path, str | None]] = [("NELBO of the model", location.path, None)]
+        if source is not None:
+            asked.append(("NLL of the AR source", resolve_checkpoint(source), "causal"))
+        elif location.run is not None:
+            asked.append(("NLL of the AR source", location.run.model_folder("prepare"), "causal"))
+        return _score(asked, rows, tokenizer, evaluation, reporter, device)
+
+
+def measure_retention(
+    location: ModelLocation,
+    evaluation: Evaluation,
+    reporter: Reporter,
+    *,
+    data: str | None,
+    source: str | None,
+    row_length: int | None,
+    device: str,
+    plot: Path | None,
+) -> Retention:
+    """What is left of the AR source (`source`, else the run's), on the rows that `evaluate_model` scores.
+
+    plot: a PNG that does not exist yet; without it the run's plots/retention.png, or none outside of a run. Raises UserError when
+    there is no source.
+    """
+    from dlmconvert.backbone.load import load_denoiser, load_tokenizer, resolve_checkpoint
+    from dlmconvert.evaluation.retention import Retention, causal_agreement, plot_retention, tensor_files, weight_drift
+
+    if plot is not None and plot.exists():
+        raise UserError(f"{plot} exists already", "nothing is overwritten", "name another file for --plot, or remove this one")
+    if source is None and location.run is None:
+        raise UserError(f"{location.path} is not in a run folder, so its source is not known", "", "name the AR model that it was converted from: --source MODEL")
+    before = resolve_checkpoint(source) if source is not None else location.run.model_folder("prepare")
+    tokenizer = load_tokenizer(location.path)
+    with _held_out_rows(location, tokenizer, reporter, data, row_length) as rows:
+        after = load_denoiser(location.path, device, attention="causal")
+        with reporter.progress("weights", len(tensor_files(location.path))) as bar:
+            weights = weight_drift(location.path, before, after.spec, bar.advance)
+        source_model = load_denoiser(before, device, attention="causal")
+        _require_same_tokens(source_model, tokenizer, before)
+        with reporter.progress("both models, left to right", min(evaluation.rows, rows.num_rows)) as bar:
+            agreement = causal_agreement(after, source_model, rows, num_rows=evaluation.rows, batch=evaluation.batch, advance=bar.advance)
+    found = Retention(weights, agreement)
+    if plot is None and location.run is not None:
+        plot = location.run.path / "plots" / "retention.png"
+    if plot is not None:
+        try:
+            plot_retention(found, plot)
+        except OSError as error:
+            raise UserError(f"cannot write {plot}: {error.strerror}", "", "name another file: --plot FILE") from error
+        reporter.say(f"plot: {plot}")
+    return found
+
+
+@contextmanager
+def _held_out_rows(location: ModelLocation, tokenizer: Any, reporter: Reporter, data: str | None, row_length: int | None) -> Iterator[Any]:
+    """Rows of `data`, else the run's held-out rows. Raises UserError when there is neither."""
+    import tempfile
+
+    from dlmconvert.backbone.load import load_tokenizer
+
     with tempfile.TemporaryDirectory(prefix="dlmconvert-eval-") as scratch:
         if data is not None:
             rows = _rows_of_text(data, tokenizer, row_length or _row_length(location), Path(scratch))
@@ -43,12 +107,7 @@ def evaluate_model(
                 raise UserError("this run held nothing out (data.validation=0)", "", "name a text: dlmconvert eval MODEL --data FILE")
         else:
             raise UserError(f"{location.path} is not in a run folder, so there is no held-out text", "", "name a text: dlmconvert eval MODEL --data FILE")
-        asked: list[tuple[str, Path, str | None]] = [("NELBO of the model", location.path, None)]
-        if source is not None:
-            asked.append(("NLL of the AR source", resolve_checkpoint(source), "causal"))
-        elif location.run is not None:
-            asked.append(("NLL of the AR source", location.run.model_folder("prepare"), "causal"))
-        return _score(asked, rows, tokenizer, evaluation, reporter, device)
+        yield rows
 
 
 def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, reporter: Reporter, device: str) -> list[dict[str, Any]]:
@@ -58,8 +117,7 @@ def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, report
     results = []
     for what, folder, attention in asked:
         denoiser = load_denoiser(folder, device, attention=attention)
-        if denoiser.tokenizer is not None and denoiser.tokenizer.get_vocab().items() - tokenizer.get_vocab().items() - _own_tokens(denoiser.tokenizer):
-            raise UserError(f"{folder} has another tokenizer than the model", "likelihoods of other tokens cannot be compared", "score it by itself")
+        _require_same_tokens(denoiser, tokenizer, folder)
         if denoiser.spec.attention == "causal":
             what = "NLL" + what.removeprefix("NELBO") if what.startswith("NELBO") else what
         with reporter.progress(what, min(evaluation.rows, rows.num_rows) * (1 if denoiser.spec.attention == "causal" else evaluation.draws)) as bar:
@@ -69,6 +127,11 @@ def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, report
             )  # fmt: skip
         results.append({"what": what, **found.to_dict()})
     return results
+
+
+def _require_same_tokens(denoiser: Any, tokenizer: Any, folder: Path) -> None:
+    if denoiser.tokenizer is not None and denoiser.tokenizer.get_vocab().items() - tokenizer.get_vocab().items() - _own_tokens(denoiser.tokenizer):
+        raise UserError(f"{folder} has another tokenizer than the model", "likelihoods of other tokens cannot be compared", "score it by itself")
 
 
 def _own_tokens(tokenizer: Any) -> set[tuple[str, int]]:

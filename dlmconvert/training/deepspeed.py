@@ -28,6 +28,7 @@ from dlmconvert.training.engine import enable_gradient_checkpointing, peak_resid
 from dlmconvert.training.optimizer import make_adamw, set_learning_rate
 
 TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
+_linear = torch.nn.functional.linear
 
 
 def load_deepspeed(ranks: Any) -> Any:
@@ -87,6 +88,11 @@ def whole_embeddings(model: Any) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters([weight]):
         yield
+
+
+def leave_zero_3() -> None:
+    """ZeRO-3 puts a linear layer of its own into torch, for good; what this process computes after the training is to use torch's."""
+    torch.nn.functional.linear = _linear
 
 
 def _announce_trained_rows(model: Any) -> None:
@@ -174,6 +180,7 @@ class DeepSpeedEngine:
 
         build: the untrained model, adapters attached. Its tensors are overwritten one by one: no host holds two copies.
         """
+        leave_zero_3()
         result = build() if self.ranks.rank == 0 else None
         targets = dict(result.named_parameters()) if result is not None else {}
         with torch.no_grad():
@@ -211,15 +218,26 @@ class DeepSpeedEngine:
             if self.ranks.rank == 0:
                 to_universal(folder / TAG, universal / TAG)
             self.ranks.barrier()
-            self._engine._config.load_universal_checkpoint = True
-            try:
-                self._load(universal, TAG)
-            finally:
-                self._engine._config.load_universal_checkpoint = False
+            self._load_universal(universal)
             self.ranks.barrier()
             if self.ranks.rank == 0:
                 shutil.rmtree(universal)
         self.step = checkpoint.step
+
+    def _load_universal(self, folder: Path) -> None:
+        base = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self._load(folder, TAG)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # ZeRO-3 gives every group the decay and rate of the first, and all of them one step counter, which each then advances.
+        for group, values in zip(base.param_groups, groups, strict=True):
+            group.update(values)
+        for state in base.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
     def _load(self, folder: Path, tag: str) -> None:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self.has_frozen)

@@ -1,7 +1,7 @@
 """Several processes give the run of one, whatever is done to them: through the command line, over gloo, on the CPU.
 
-Bounds: the order of additions is another one, and AdamW's first steps divide by second moments near 0. Measured here: losses within
-1.2e-7 a step, weights within 5e-4.
+The order of additions is another one: losses and weights agree within 1e-5. AdamW's first steps divide by second moments near 0, which
+would blow up the last bits of a few weights: hence the larger eps.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SMALL, curve, steps_kept, weights, write_corpus
+from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, curve, steps_kept, weights, write_corpus
 from safetensors.torch import load_file
 
 KILLED = -signal.SIGKILL
-LONG = [*SMALL, "train.steps=24", "train.save_steps=5", "train.log_steps=1", "engine.name=deepspeed", "run.folder=run"]
+LONG = [*SMALL, "train.weight_decay=0.1", "train.adam_eps=1e-4", "train.steps=20", "train.save_steps=5", "train.log_steps=1", "engine.name=deepspeed", "run.folder=run"]
 EVERYTHING_IN_PARTS = ["engine.zero_stage=3", "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
 
 
@@ -65,7 +65,7 @@ def same(stage, expected):
     return curve(stage) == curve(expected) and weights(stage / "model") == weights(expected / "model")
 
 
-def close(stage, expected, loss=1e-5, weight=2e-3):
+def close(stage, expected, loss=1e-5, weight=1e-5):
     for line, other in zip(curve(stage), curve(expected), strict=True):
         for name in ("loss", "nelbo", "cross_entropy", "masked_fraction", "learning_rate"):
             assert line[name] == pytest.approx(other[name], rel=loss, abs=loss), (line["step"], name)
@@ -134,18 +134,18 @@ def test_all_are_killed_while_a_checkpoint_is_written(zygote, straight, place, t
     assert same(place / "run" / "adapt", straight("two")) and not list(checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
-def test_another_number_of_processes_continues(kind, zygote, straight, place, tiny_checkpoints):
-    """2 -> 1 -> 4: the same batches, and the loss equal but for the order of additions."""
-    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, *(EVERYTHING_IN_PARTS if "3" in kind else [])]
-    for processes, step in ((2, 5), (1, 12)):
+@pytest.mark.parametrize(("numbers", "words"), [((2, 1), []), ((2, 1, 4), EVERYTHING_IN_PARTS)], ids=["stage 2", "stage 3"])
+def test_another_number_of_processes_continues(numbers, words, zygote, straight, place, tiny_checkpoints):
+    """The same batches, and the loss equal but for the order of additions."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, *words]
+    for processes, step in zip(numbers[:-1], (5, 12), strict=False):
         child = zygote.start(place, *command, "--processes", processes)
         child.wait_for(lambda step=step: steps_done(place / "run") >= step, seconds=120)
         child.send(signal.SIGTERM)
         assert child.wait() == 75, child.text()
         (*_, saved) = steps_kept(place / "run" / "adapt")
         assert f"SIGTERM: saved at step {saved} and left" in child.text() and child.text().count("error:") == 1, child.text()
-    status, text = zygote.run(place, *command, "--processes", 4)
+    status, text = zygote.run(place, *command, "--processes", numbers[-1])
     assert status == 0 and f"continuing from the checkpoint of step {saved}" in text, text
     close(place / "run" / "adapt", straight("single"))
 
@@ -195,3 +195,23 @@ def test_torchrun_is_recognised(straight, place, tiny_checkpoints):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run/adapt/model") == 1  # rank 0 alone prints
     assert same(place / "run" / "adapt", straight("two"))
+
+
+def test_adapters_on_two_processes_and_then_on_one(zygote, place, tiny_checkpoints):
+    """ZeRO-3, the mask token's row among what is trained; then a fine-tuning on two processes after an adaptation on one device."""
+    lora = ["train.lora.rank=4", "train.adam_eps=1e-4", "train.learning_rate=1e-2"]
+    command = ["adapt", tiny_checkpoints["llama"], *SMALL, *lora, "train.log_steps=1"]
+    status, text = zygote.run(place, *command, "run.folder=single")
+    assert status == 0, text
+    zero = [*command, "run.folder=run", "engine.name=deepspeed", *EVERYTHING_IN_PARTS]
+    child = zygote.start(place, *zero, "train.save_steps=2", "--processes", 2)
+    child.wait_for(lambda: steps_done(place / "run") >= 3, seconds=120)
+    os.kill(ranks_of(child)[1], signal.SIGKILL)
+    assert child.wait() == 1, child.text()
+    status, text = zygote.run(place, *zero)
+    assert status == 0 and "continuing from the checkpoint" in text, text
+    close(place / "run" / "adapt", place / "single" / "adapt")
+    status, text = zygote.run(place, "export", "run", "--hf", "--checkpoint", "8", *SMALL_EXPORT)
+    assert status == 0, text
+    status, text = zygote.run(place, "sft", "single", *SMALL_SFT, "--processes", 2)
+    assert status == 0 and "2 processes: engine.name=deepspeed" in text and (place / "single" / "sft" / "model").is_dir(), text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from tiny_models import denoiser, rewritten
 
 from dlmconvert.errors import SavedAndLeft, UserError
 from dlmconvert.training.checkpoint import CheckpointFolder
-from dlmconvert.training.deepspeed import checkpoint_tensors
+from dlmconvert.training.deepspeed import checkpoint_tensors, leave_zero_3
 from dlmconvert.training.deepspeed_config import NO_CLIPPING, effective_stage
 
 STEPS = dataclasses.replace(SETTINGS, micro_batch=2)  # four micro-batches a step
@@ -21,6 +20,14 @@ NUMBERS = ("loss", "nelbo", "cross_entropy", "masked_fraction", "gradient_norm",
 EVERYTHING_IN_PARTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else small tensors stay whole
 # AdamW divides by second moments near 0 in its first steps, which blows up the last bits of a few weights.
 WEIGHTS = 2e-3
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    linear = torch.nn.functional.linear
+    yield
+    leave_zero_3()
+    assert torch.nn.functional.linear is linear
 
 
 @pytest.fixture(scope="module")
