@@ -10,6 +10,7 @@ import warnings
 import typer
 
 from dlmconvert import __version__
+from dlmconvert.cli.compare import compare
 from dlmconvert.cli.doctor import doctor
 from dlmconvert.cli.evaluate import evaluate
 from dlmconvert.cli.generate import infill, sample
@@ -43,7 +44,7 @@ def options(
         os.environ["DLMCONVERT_DEBUG"] = "1"
 
 
-for verb in (run, adapt, sft, export, plan, sample, infill):
+for verb in (run, adapt, sft, export, compare, plan, sample, infill):
     app.command()(verb)
 app.command("eval")(evaluate)
 for verb in (status, report, doctor):

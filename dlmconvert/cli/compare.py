@@ -31,8 +31,8 @@ def compare(
     page = Path(report).expanduser() if report else None
     if page is not None:
         check_report(page)
-    variants = variants_of(recipe, overrides or [], vary or [])
-    worked = train_variants(recipe, overrides or [], variants, ConsoleReporter())
+    source, variants = variants_of(recipe, overrides or [], vary or [])
+    worked = train_variants(source, variants, ConsoleReporter())
     comparison = tabulate(recipe, variants)
     data, image = write_comparison(comparison)
     if page is not None:

@@ -39,6 +39,7 @@ _KIND_WORDS = (
     ("embedding", r"embed|wte|wpe"),
 )
 _BY_POSITION = re.compile(r"wpe|position")  # embeddings whose rows are not words
+_NEXT = "name the AR model that it was converted from: --source MODEL"
 _CHUNK = 512  # predictions whose probabilities are compared at once, in float32
 
 
@@ -107,8 +108,10 @@ def weight_drift(folder: Path, source: Path, spec: DlmSpec, advance: Callable[[i
     opened = cache(lambda path: safe_open(path, "pt"))
     files, files_0 = tensor_files(folder), tensor_files(source)
     pairs = {name: found for name in files if (found := _counterpart(name, files_0)) is not None}
-    if not pairs:
-        raise UserError(f"{source} and {folder} have no tensor in common", "they are not of one family", "name the AR model that it was converted from: --source MODEL")
+    strangers = [name for name in files if name not in pairs and layer_and_kind(name)[0] is not None]
+    if strangers or {layer_and_kind(name)[0] for name in files} != {layer_and_kind(name)[0] for name in files_0}:
+        why = f"it has no {strangers[0]}" if strangers else "it has another number of layers"
+        raise UserError(f"{source} is not of the architecture of {folder}", why, _NEXT)
     squares: dict[tuple[int | None, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
     for name, name_0 in pairs.items():
         w, w_0 = opened(files[name]).get_tensor(name), opened(files_0[name_0]).get_tensor(name_0)
@@ -117,7 +120,7 @@ def weight_drift(folder: Path, source: Path, spec: DlmSpec, advance: Callable[[i
             rows = _text_ids(spec, min(len(w), len(w_0)), torch.device("cpu"))
             w, w_0 = w[rows], w_0[rows]
         if w.shape != w_0.shape:
-            raise UserError(f"{name} is {list(w.shape)} here and {list(w_0.shape)} in {source}", "they are not of one architecture", "name the AR model that it was converted from: --source MODEL")
+            raise UserError(f"{source} is not of the architecture of {folder}", f"{name} is {list(w_0.shape)} there and {list(w.shape)} here", _NEXT)
         if w.is_floating_point():
             w_0 = w_0.float()
             found = (float((w.float() - w_0).square().sum()), float(w_0.square().sum()), w.numel())
@@ -210,35 +213,6 @@ def sentence(retention: Retention) -> str:
         f"({'in the embeddings' if lowest == 0 else f'behind layer {lowest - 1}'}), and the weights moved by "
         f"{weights.total.relative or 0.0:.2%} of their norm (most: {most.kind}, {most.relative or 0.0:.2%})."
     )
-
-
-def plot_retention(retention: Retention, path: Path) -> None:
-    """A PNG: drift by layer and kind, cosine by layer, and what is left of the predictions."""
-    from matplotlib.figure import Figure
-
-    weights, agreement = retention.weights, retention.agreement
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for kind in KINDS:
-        parts = [part for part in weights.parts if part.kind == kind and part.relative is not None]
-        inside = [part for part in parts if part.layer is not None]
-        if inside:
-            left.plot([part.layer for part in inside], [part.relative for part in inside], "o-", markersize=3, label=kind)
-        elif parts:
-            left.axhline(parts[0].relative, linestyle="--", linewidth=1, label=kind, color=f"C{KINDS.index(kind)}")
-    left.set(title="weight drift", xlabel="layer", ylabel="||W - W0|| / ||W0||")
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
-    middle.plot(range(-1, len(agreement.cosine) - 1), agreement.cosine, "o-", markersize=3)
-    middle.set(title="hidden states, causal path", xlabel="layer (-1: embeddings)", ylabel="mean cosine")
-    shares = {"same greedy\ntoken": agreement.greedy, "expected\nacceptance": agreement.acceptance}
-    right.bar(list(shares), list(shares.values()), color=["C0", "C1"])
-    right.set(title=f"AR perplexity {agreement.perplexity_before:.4g} -> {agreement.perplexity_after:.4g}", ylabel="share", ylim=(0, 1))
-    for axis in (left, middle):
-        axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
 
 
 def _read(denoiser: Denoiser, x_0_BL: Any, targets_BL: Any, positions_BL: Any, segments_BL: Any, isolated: bool) -> tuple[Any, list[Any]]:

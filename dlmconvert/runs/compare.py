@@ -34,9 +34,10 @@ class Variant:
     words: list[str]
     recipe: Recipe
     run: RunFolder
+    target: str = "adapt"
 
     def finished(self) -> bool:
-        return all(stage.finished(self.run, self.recipe) for stage in order_of(["adapt"], self.recipe))
+        return all(stage.finished(self.run, self.recipe) for stage in order_of([self.target], self.recipe))
 
 
 def alternatives(option: str) -> list[tuple[str, ...]]:
@@ -71,8 +72,11 @@ def _split(text: str, at: str, splits: Callable[[str], Any]) -> list[str]:
     return [*parts, text[begun:].strip()]
 
 
-def variants_of(what: str, overrides: list[str], vary: list[str]) -> list[Variant]:
-    """The cross product of the --vary lists. Raises UserError that names every variant which cannot be trained, and why."""
+def variants_of(what: str, overrides: list[str], vary: list[str]) -> tuple[Variant | None, list[Variant]]:
+    """The cross product of the --vary lists, and before it the AR model that is made first, if any.
+
+    Raises UserError that names every variant which cannot be trained, and why.
+    """
     products = [tuple(itertools.chain(*chosen)) for chosen in itertools.product(*map(alternatives, vary))]
     _check_keys(products, overrides)
     names = _names(products)
@@ -90,16 +94,16 @@ def variants_of(what: str, overrides: list[str], vary: list[str]) -> list[Varian
         except UserError as error:
             refused[name] = error
     _refuse(refused, names, what)
-    found = _with_one_source(found)
-    for variant in found:
+    source, found = _with_one_source(found)
+    for variant in [*([source] if source else []), *found]:
         try:
-            stages = order_of(["adapt"], variant.recipe)
+            stages = order_of([variant.target], variant.recipe)
             refuse_drift(variant.run, combine(variant.run, variant.recipe, stages, variant.words), stages)
         except UserError as error:
             next_step = "compare it as it was started, or start another comparison beside it: name=OTHER"
             refused[variant.name] = UserError(error.what, error.why, next_step)
     _refuse(refused, names, what)
-    return found
+    return source, found
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -156,46 +160,34 @@ def _refuse(refused: dict[str, UserError], names: list[str], what: str) -> None:
     raise UserError(f"{count} cannot be trained; nothing has been started", "\n".join(lines), " / ".join(next_steps), errors[0].exit_code)
 
 
-def _with_one_source(variants: list[Variant]) -> list[Variant]:
+def _with_one_source(variants: list[Variant]) -> tuple[Variant | None, list[Variant]]:
     """A recipe that makes its own AR model makes it once, in <folder>/source, when all variants ask for the same one."""
-    if any(variant.recipe.pretrain is None for variant in variants):
-        return variants
-    asked = [STAGES["pretrain"].keys(variant.recipe) for variant in variants]
-    if any(keys != asked[0] for keys in asked):
-        return variants
-    made = _source_run(variants).model_folder("pretrain")
-    words = [f"source.model={json.dumps(str(made))}", "source.scratch=null", "source.if_missing=error", "pretrain=null"]
-    return [
-        replace(variant, words=[*variant.words, *words], recipe=_with_source(variant.recipe, made)) for variant in variants
-    ]
+    first = variants[0]
+    asked = [variant.recipe.pretrain and STAGES["pretrain"].keys(variant.recipe) for variant in variants]
+    if asked[0] is None or any(keys != asked[0] for keys in asked):
+        return None, variants
+    source = replace(first, name="source", run=RunFolder(first.run.path.with_name("source")), target="pretrain")
+    made = str(source.run.model_folder("pretrain"))
+    words = [f"source.model={json.dumps(made)}", "source.scratch=null", "source.if_missing=error", "pretrain=null"]
+
+    def taking(variant: Variant) -> Variant:
+        checkpoint = variant.recipe.source.model_copy(update={"model": made, "scratch": None, "if_missing": "error"})
+        return replace(variant, words=[*variant.words, *words], recipe=variant.recipe.model_copy(update={"source": checkpoint, "pretrain": None}))
+
+    return source, [taking(variant) for variant in variants]
 
 
-def _with_source(recipe: Recipe, made: Path) -> Recipe:
-    source = recipe.source.model_copy(update={"model": str(made), "scratch": None, "if_missing": "error"})
-    return recipe.model_copy(update={"source": source, "pretrain": None})
-
-
-def _source_run(variants: list[Variant]) -> RunFolder:
-    return RunFolder(variants[0].run.path.with_name("source"))
-
-
-def train_variants(what: str, overrides: list[str], variants: list[Variant], reporter: Reporter) -> bool:
+def train_variants(source: Variant | None, variants: list[Variant], reporter: Reporter) -> bool:
     """Prepare and adapt each one that is not finished. Returns False when all were. Interrupted, it continues when called again."""
     worked = False
-    made = _source_run(variants)
-    if variants[0].recipe.source.model == str(made.model_folder("pretrain")):
-        reporter.say(f"the AR model of all variants ({made.path})")
-        worked = run_stages(made, load_recipe(what, [*overrides, *_own_words(variants[0], overrides)]), ["pretrain"], reporter)
-    for number, variant in enumerate(variants, 1):
+    everything = [*([source] if source else []), *variants]
+    for number, variant in enumerate(everything, 1):
         done = variant.finished()
-        reporter.say(f"\n({number}/{len(variants)}) {variant.name}: " + ("done before" if done else f"run folder {variant.run.path}"))
+        reporter.say(f"({number}/{len(everything)}) {variant.name}: " + ("done before" if done else f"run folder {variant.run.path}"))
         if not done:
-            worked = run_stages(variant.run, variant.recipe, ["adapt"], reporter, variant.words) or worked
+            run_stages(variant.run, variant.recipe, [variant.target], reporter, variant.words)
+            worked = True
     return worked
-
-
-def _own_words(variant: Variant, overrides: list[str]) -> list[str]:
-    return [word for word in variant.words[len(overrides) :] if not word.startswith(("source.", "pretrain="))]
 
 
 # What came out of it

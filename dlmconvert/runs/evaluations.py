@@ -59,7 +59,7 @@ def measure_retention(
     there is no source.
     """
     from dlmconvert.backbone.load import load_denoiser, load_tokenizer, resolve_checkpoint
-    from dlmconvert.evaluation.retention import Retention, causal_agreement, plot_retention, tensor_files, weight_drift
+    from dlmconvert.evaluation.retention import Retention, causal_agreement, tensor_files, weight_drift
 
     if plot is not None and plot.exists():
         raise UserError(f"{plot} exists already", "nothing is overwritten", "name another file for --plot, or remove this one")
@@ -85,6 +85,37 @@ def measure_retention(
             raise UserError(f"cannot write {plot}: {error.strerror}", "", "name another file: --plot FILE") from error
         reporter.say(f"plot: {plot}")
     return found
+
+
+def plot_retention(retention: Retention, path: Path) -> None:
+    """A PNG: drift by layer and kind, cosine by layer, and what is left of the predictions."""
+    from matplotlib.figure import Figure
+
+    from dlmconvert.evaluation.retention import KINDS
+
+    weights, agreement = retention.weights, retention.agreement
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for kind in KINDS:
+        parts = [part for part in weights.parts if part.kind == kind and part.relative is not None]
+        inside = [part for part in parts if part.layer is not None]
+        if inside:
+            left.plot([part.layer for part in inside], [part.relative for part in inside], "o-", markersize=3, label=kind)
+        elif parts:
+            left.axhline(parts[0].relative, linestyle="--", linewidth=1, label=kind, color=f"C{KINDS.index(kind)}")
+    left.set(title="weight drift", xlabel="layer", ylabel="||W - W0|| / ||W0||")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    middle.plot(range(-1, len(agreement.cosine) - 1), agreement.cosine, "o-", markersize=3)
+    middle.set(title="hidden states, causal path", xlabel="layer (-1: embeddings)", ylabel="mean cosine")
+    shares = {"same greedy\ntoken": agreement.greedy, "expected\nacceptance": agreement.acceptance}
+    right.bar(list(shares), list(shares.values()), color=["C0", "C1"])
+    right.set(title=f"AR perplexity {agreement.perplexity_before:.4g} -> {agreement.perplexity_after:.4g}", ylabel="share", ylim=(0, 1))
+    for axis in (left, middle):
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format="png")
 
 
 @contextmanager
