@@ -50,11 +50,11 @@ class ConsoleReporter:
 
 
 def _bar():
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("  {task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console, transient=False,
+        TextColumn("  {task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True), TextColumn("left"), TextColumn("{task.fields[text]}"), console=console, transient=False,
     )  # fmt: skip
 
 
