@@ -333,9 +333,8 @@ def show(context: StageContext) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     text = recipe.eval.infill
     if text is not None:
-        stage = "adapt"
         source = load_denoiser(run.model_folder("prepare"), recipe.engine.device, attention="causal")
-        converted = load_denoiser(run.model_folder(stage), recipe.engine.device)
+        converted = load_denoiser(run.model_folder(exported_stage(run, recipe)), recipe.engine.device)
         if text == "builtin:python":
             fraction = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
             text = held_out_function(source.tokenizer, fraction, recipe.data.row_length)
