@@ -50,7 +50,7 @@ from dlmconvert.data.loader import Batch, BatchStream, Mixture  # noqa: E402
 from dlmconvert.diffusion.attention import AttentionContext  # noqa: E402
 from dlmconvert.diffusion.corruption import draw_masks  # noqa: E402
 from dlmconvert.training.engine import SingleDeviceEngine  # noqa: E402
-from dlmconvert.training.loop import LoopSettings, batch_loss  # noqa: E402
+from dlmconvert.training.losses import LoopSettings, batch_loss  # noqa: E402
 from dlmconvert.training.optimizer import make_adamw  # noqa: E402
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers is about to change

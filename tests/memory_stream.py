@@ -13,7 +13,8 @@ from dlmconvert.diffusion.randomness import MASK, counter_uniform
 from dlmconvert.diffusion.schedules import noise_levels
 from dlmconvert.training.checkpoint import CheckpointFolder
 from dlmconvert.training.engine import SingleDeviceEngine
-from dlmconvert.training.loop import LoopSettings, train
+from dlmconvert.training.loop import train
+from dlmconvert.training.losses import LoopSettings
 from dlmconvert.training.metrics import Metrics, read_metrics
 
 ROWS, LENGTH = 8, 24

@@ -56,7 +56,7 @@ def _whole(row) -> str:
 
 def axes(choices: dict) -> list[tuple[str, str]]:
     """The four choices in words, defaults of the schema filled in."""
-    from dlmconvert.recipe.schema import Method
+    from dlmconvert.recipe.method import Method
 
     method = Method.model_validate(choices)
     attention, corruption, objective = method.attention, method.corruption, method.objective

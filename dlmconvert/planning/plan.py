@@ -13,7 +13,8 @@ from dlmconvert.planning.machine import device_memory, free_disk_bytes
 from dlmconvert.planning.memory import Memory, memory_of
 from dlmconvert.planning.time import STEP_EFFICIENCY, flops_per_token, measured_flops_per_second
 from dlmconvert.recipe.load import flat
-from dlmconvert.recipe.schema import Optimization, Recipe, text_sources
+from dlmconvert.recipe.optimization import Optimization
+from dlmconvert.recipe.schema import Recipe, text_sources
 
 BYTES_PER_TOKEN_OF_TEXT = 4  # of plain English or code, for the estimate of the tokens in a local file
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dlmconvert.recipe.schema import Attention, Corruption, Recipe
+    from dlmconvert.recipe.method import Attention, Corruption
+    from dlmconvert.recipe.schema import Recipe
 
 
 def method_contradictions(recipe: Recipe):

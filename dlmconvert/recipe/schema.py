@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dlmconvert.recipe.contradictions import method_contradictions
-
-SAFE = {"safe_to_change": True}
-
-Positive = Annotated[int, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+from dlmconvert.recipe.method import Method
+from dlmconvert.recipe.optimization import Engine, Optimization, engine_contradictions
+from dlmconvert.recipe.section import SAFE, Positive, Section
 
 
 class Source(Section):
@@ -45,57 +39,6 @@ class Source(Section):
     """When `model` is neither a folder, nor in the local cache, nor reachable: stop, or build `scratch` and say so."""
     seed: int = 0
     """Seed of random weights and of a drawn mask row."""
-
-
-class Attention(Section):
-    """Which positions may see which, and the path there from causal attention."""
-
-    pattern: Literal["bidirectional", "causal"] = "bidirectional"
-    """The pattern at the end of training."""
-    anneal: Literal["none", "random", "window"] = "none"
-    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row."""
-    anneal_steps: Annotated[float, Field(gt=0)] | None = None
-    """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
-
-
-class Corruption(Section):
-    """q(x_t given x_0)."""
-
-    kind: Literal["masking", "none"] = "masking"
-    """Each eligible token becomes the mask token with probability t; `none` leaves the row clean (the AR objective)."""
-    eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
-    """Lower end of the noise level t in [eps, 1]."""
-    noise_levels: Literal["uniform", "stratified", "offset", "antithetic"] = "uniform"
-    """One independent t a row, or spread over the global batch (lower variance, same mean): one a stratum, evenly spaced from one drawn `offset`, or rows 2j and 2j + 1 at opposite ends (`antithetic`)."""
-    band: tuple[float, float] | None = None
-    """[low, high] in place of [eps, 1], the weight kept (arXiv 2503.09573): no longer a bound. Validation uses the full range."""
-    count: Literal["bernoulli", "at_least_one", "exact"] = "bernoulli"
-    """How many tokens of a row of n are masked: each with probability t; the same but never none; or l, uniform on 1..n, in place of t (weight n/l, the lowest variance; `eps` is not used)."""
-    views: Literal["single", "complementary"] = "single"
-    """`complementary`: rows 2j and 2j + 1 of the global batch are one row of text, and what one masks the other shows (arXiv 2509.26328): each token is predicted once, from half as much text."""
-
-
-class Objective(Section):
-    """How denoising errors are weighed and summed."""
-
-    weight: Literal["elbo", "unweighted", "cart"] = "elbo"
-    """`elbo`: 1/t on masked tokens (arXiv 2406.07524); `unweighted`: 1; `cart`: by the distance to clean tokens (arXiv 2508.15487)."""
-    cart_p: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Of `cart` only: 1 counts the two neighbours, smaller values look further."""
-    normaliser: Literal["eligible", "masked", "masked_micro_batch"] = "eligible"
-    """Divide the sum once by the global count of eligible tokens or of masked tokens, or, as DiffuLLaMA's code does, each micro-batch by its masked tokens."""
-
-
-class Method(Section):
-    """The four choices of a conversion. A `name` fills in the row of a published method; single keys override it."""
-
-    name: str = "diffullama"
-    """A row of `dlmconvert/methods.py`."""
-    attention: Attention = Attention()
-    alignment: Literal["shift", "in_place"] = "shift"
-    """Which hidden state predicts token i: i-1, as the AR model did, or i."""
-    corruption: Corruption = Corruption()
-    objective: Objective = Objective()
 
 
 class TextSource(Section):
@@ -154,71 +97,6 @@ class Data(Section):
     """Processes that tokenise. Empty: one a CPU core."""
 
 
-class Lora(Section):
-    """Low-rank adapters (peft) instead of full-parameter training."""
-
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale of the adapters; the update is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] = "all-linear"
-    """Module names, or `all-linear`: every linear layer but the output head."""
-
-
-class Rates(Section):
-    """Learning rate of each kind of parameter, as a multiple of `learning_rate`: 0 freezes it. Norms keep 1."""
-
-    attention: Annotated[float, Field(ge=0)] = 1.0
-    mlp: Annotated[float, Field(ge=0)] = 1.0
-    """All other parts of a layer, experts and routers among them."""
-    embeddings: Annotated[float, Field(ge=0)] = 1.0
-    """With the mask token's row; frozen, that row stays as `source.mask_init` made it."""
-    head: Annotated[float, Field(ge=0)] = 1.0
-    """The output matrix. Where it is tied to the embeddings, give both one value."""
-
-
-class Optimization(Section):
-    """One stage of training."""
-
-    steps: Positive = 1000
-    """Optimizer steps."""
-    rows_per_step: Positive = 16
-    """Rows in the global batch."""
-    micro_batch: Positive = Field(default=8)
-    """Rows in one forward and backward; the rest of the global batch is accumulated."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After warm-up: cosine to `final_learning_rate`, constant, or constant and then linear decay over the last `decay_fraction` (warm-up, stable, decay)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the last step of `cosine` and `wsd`."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of the steps that `wsd` decays over."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled (AdamW), on matrices only: biases, norms and embeddings are left alone."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global gradient norm."""
-    rates: Rates = Rates()
-    lora: Lora | None = None
-    """Train adapters; empty: all parameters."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: int = 0
-    """Order of the rows, noise, attention pairs."""
-    save_steps: Positive = Field(default=500, json_schema_extra=SAFE)
-    """Optimizer steps between checkpoints."""
-    save_minutes: Annotated[float, Field(gt=0)] | None = Field(default=30.0, json_schema_extra=SAFE)
-    """Minutes between checkpoints, whichever comes first."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, json_schema_extra=SAFE)
-    """Newest checkpoints that are kept."""
-    log_steps: Positive = Field(default=10, json_schema_extra=SAFE)
-    """Optimizer steps between lines of metrics.jsonl."""
-    validate_steps: Positive | None = Field(default=None, json_schema_extra=SAFE)
-    """Optimizer steps between validation NELBOs (fixed noise). Empty: at the end only."""
-
-
 class Pretrain(Optimization):
     """AR training of a `scratch` source before it is converted, on `data.train`."""
 
@@ -275,30 +153,6 @@ class Export(Section):
     order: Literal["random", "confidence", "entropy", "margin"] = "random"
 
 
-class Engine(Section):
-    """Where and in which precision the training runs."""
-
-    name: Literal["single", "deepspeed"] = "single"
-    """`single`: one device, no DeepSpeed. `deepspeed`: ZeRO, on one process or many (`--processes` switches to it)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: forward and backward in bfloat16, optimizer and master weights in float32 (single: autocast; deepspeed: bfloat16 copies of the weights)."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed deals to the processes: 0 nothing, 1 the optimizer, 2 gradients as well, 3 weights as well. bf16 with stage 0 runs as stage 1."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where DeepSpeed keeps the optimizer when not on the GPU: `cpu` from stage 1 on, `nvme` under stage 3."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where ZeRO-3 keeps weights that are not in use."""
-    nvme: str | None = None
-    """Folder on a fast local disk for `nvme`."""
-    deepspeed: dict[str, Any] = {}
-    """More keys for the DeepSpeed JSON, which is derived from the recipe; a key that contradicts the recipe is an error."""
-    compile: bool = False
-    """torch.compile the model's forward."""
-    threads: Positive | None = Field(default=None, json_schema_extra=SAFE)
-    """CPU threads. Empty: torch's own choice."""
-
-
 class Run(Section):
     """Where everything lies."""
 
@@ -332,16 +186,6 @@ class Recipe(Section):
         return self
 
 
-def anneal_steps_of(attention: Attention, steps: int) -> int:
-    """Annealing steps as a whole number: 1 (open at once) without annealing, fractions resolved against `steps`."""
-    if attention.anneal == "none":
-        return 1
-    assert attention.anneal_steps is not None
-    if attention.anneal_steps < 1:
-        return max(1, round(attention.anneal_steps * steps))
-    return int(attention.anneal_steps)
-
-
 def contradictions(recipe: Recipe):
     """Every pair of values that cannot both be meant, as sentences that begin with the key."""
     source = recipe.source
@@ -356,19 +200,7 @@ def contradictions(recipe: Recipe):
     if recipe.pretrain is not None and source.scratch is None:
         yield "pretrain trains random weights: it needs source.scratch"
     yield from method_contradictions(recipe)
-    engine = recipe.engine
-    if engine.offload_optimizer != "none" and engine.zero_stage == 0:
-        yield f"engine.offload_optimizer={engine.offload_optimizer} needs engine.zero_stage=1 or more (nvme: 3)"
-    if engine.offload_optimizer == "nvme" and engine.zero_stage in (1, 2):
-        yield f"engine.offload_optimizer=nvme needs engine.zero_stage=3, not {engine.zero_stage}: set zero_stage=3, or offload to cpu"
-    if engine.offload_parameters != "none" and engine.zero_stage != 3:
-        yield f"engine.offload_parameters={engine.offload_parameters} needs engine.zero_stage=3, not {engine.zero_stage}"
-    if "nvme" in (engine.offload_optimizer, engine.offload_parameters) and engine.nvme is None:
-        yield "offloading to nvme needs a folder on a fast local disk: set engine.nvme"
-    if engine.name == "deepspeed" and engine.compile:
-        yield "engine.compile=true is for engine.name=single: leave it out under deepspeed"
-    if engine.name == "deepspeed" and engine.device == "mps":
-        yield "engine.name=deepspeed runs on cuda or cpu, not on engine.device=mps"
+    yield from engine_contradictions(recipe.engine)
     for section, values in (("pretrain", recipe.pretrain), ("train", recipe.train), ("sft", recipe.sft)):
         if values is None:
             continue

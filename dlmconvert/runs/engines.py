@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from dlmconvert.errors import UserError
-from dlmconvert.recipe.schema import Engine, Optimization, Recipe
+from dlmconvert.recipe.optimization import Engine, Optimization
+from dlmconvert.recipe.schema import Recipe
 from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.stage import Reporter
 from dlmconvert.training.deepspeed_config import derived_config, effective_stage, merged_config

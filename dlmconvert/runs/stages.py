@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
-from dlmconvert.recipe.schema import Method, Recipe, text_sources
+from dlmconvert.recipe.method import Method
+from dlmconvert.recipe.schema import Recipe, text_sources
 from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.stage import Stage, StageContext
 

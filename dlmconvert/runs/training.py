@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dlmconvert.errors import Interrupted, UserError
-from dlmconvert.recipe.schema import Evaluation, Method, Optimization, anneal_steps_of
+from dlmconvert.recipe.method import Method, anneal_steps_of
+from dlmconvert.recipe.optimization import Optimization
+from dlmconvert.recipe.schema import Evaluation
 from dlmconvert.runs.engines import engine_config
 from dlmconvert.runs.folder import write_atomically
 from dlmconvert.runs.stage import StageContext
@@ -244,7 +246,8 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
     from dlmconvert.data.loader import BatchStream, Mixture
     from dlmconvert.evaluation.nelbo import measure_likelihood
     from dlmconvert.training.checkpoint import CheckpointFolder
-    from dlmconvert.training.loop import LoopSettings, train
+    from dlmconvert.training.loop import train
+    from dlmconvert.training.losses import LoopSettings
     from dlmconvert.training.metrics import Metrics
 
     settings, method, reporter, ranks = job.settings, job.method, context.reporter, context.ranks

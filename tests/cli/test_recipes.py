@@ -10,7 +10,8 @@ import yaml
 from dlmconvert.cli.app import app, guarded
 from dlmconvert.cli.recipes import recipe_keys, summary
 from dlmconvert.recipe.load import flat, load_recipe, recipe_names, recipe_text
-from dlmconvert.recipe.schema import Recipe, anneal_steps_of
+from dlmconvert.recipe.method import anneal_steps_of
+from dlmconvert.recipe.schema import Recipe
 
 SHIPPED = {"default", "gpt2", "gpt2-medium", "gpt2-smoke", "llama2-7b", "tiny"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from memory_stream import LENGTH, ROWS, SETTINGS, MemoryStream, make_engine, run, weights
 
-from dlmconvert.training.loop import batch_loss, context_of
+from dlmconvert.training.losses import batch_loss, context_of
 
 SEGMENTS = (torch.arange(LENGTH)[None] >= torch.arange(4, 20, 2)[:, None]).long()
 

@@ -16,7 +16,7 @@ from dlmconvert.diffusion.objective import cross_entropy, denoising_loss, token_
 from dlmconvert.planning.architecture import describe
 from dlmconvert.planning.memory import memory_of
 from dlmconvert.planning.time import flops_per_token
-from dlmconvert.recipe.schema import Lora
+from dlmconvert.recipe.optimization import Lora
 from dlmconvert.training.engine import SingleDeviceEngine
 
 ROWS, LENGTH = 4, 128

@@ -19,7 +19,9 @@ from dlmconvert.recipe.load import (
     set_key,
     validate,
 )
-from dlmconvert.recipe.schema import Recipe, Section, anneal_steps_of, text_sources
+from dlmconvert.recipe.method import anneal_steps_of
+from dlmconvert.recipe.schema import Recipe, text_sources
+from dlmconvert.recipe.section import Section
 
 SMALL = {"source": {"model": "gpt2"}, "data": {"train": "x.txt"}, "method": {"attention": {"anneal_steps": 0.5}}}
 

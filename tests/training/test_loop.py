@@ -11,7 +11,7 @@ from tiny_models import VOCAB, rewritten
 
 from dlmconvert.diffusion.attention import AttentionContext
 from dlmconvert.errors import EXIT_FAILED, UserError
-from dlmconvert.training.loop import batch_loss, context_of
+from dlmconvert.training.losses import batch_loss, context_of
 
 
 def gradients(engine, settings, stream=None, step=1):

@@ -13,7 +13,7 @@ from tiny_models import build, denoiser
 
 from dlmconvert.diffusion.objective import cart_weights
 from dlmconvert.errors import UserError
-from dlmconvert.training.loop import context_of
+from dlmconvert.training.losses import context_of
 from dlmconvert.training.optimizer import freeze, make_adamw, parameter_kinds, set_learning_rate
 
 SEGMENTS = (torch.arange(LENGTH)[None] >= torch.arange(4, 20, 2)[:, None]).long()
