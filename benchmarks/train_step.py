@@ -82,10 +82,10 @@ def half_masked_batch(num_rows: int, length: int) -> Batch:
     eligible_BL[:, 0] = False
     order_BL = torch.rand(x_0_BL.shape, generator=generator).masked_fill(~eligible_BL, 2.0).argsort(1).argsort(1)
     t_B = torch.full((num_rows,), 0.5)
-    masked_BL, _ = draw_masks(eligible_BL, t_B, order_BL / (length - 1), "bernoulli")
+    masked_BL, _ = draw_masks(eligible_BL, t_B[:, None], order_BL / (length - 1), "bernoulli")
     x_t_BL = x_0_BL.masked_fill(masked_BL, MASK_TOKEN_ID)
     positions_BL = torch.arange(length).expand(num_rows, length).contiguous()
-    return Batch(0, x_0_BL, x_t_BL, masked_BL, eligible_BL, t_B, None, positions_BL, [(0, 0, row) for row in range(num_rows)])
+    return Batch(0, x_0_BL, x_t_BL, masked_BL, eligible_BL, t_B[:, None].expand(x_0_BL.shape), None, positions_BL, [(0, 0, row) for row in range(num_rows)])
 
 
 # The product's step
@@ -108,7 +108,7 @@ def our_engine(model: Any, precision: str, is_checkpointed: bool) -> SingleDevic
 
 def our_step(engine: SingleDeviceEngine, batch: Batch, context: AttentionContext) -> float:
     """What `training.loop.train` does with a micro-batch that is the whole batch. Returns the loss."""
-    loss, sums = batch_loss(engine, batch, context, our_settings(len(batch.t_B)), int(batch.eligible_BL.sum()), 1)
+    loss, sums = batch_loss(engine, batch, context, our_settings(len(batch.t_BL)), int(batch.eligible_BL.sum()), 1)
     engine.backward(loss)
     engine.update(LEARNING_RATE)
     return sums["loss"]
@@ -137,7 +137,7 @@ def reference_step(model: Any, optimizer: torch.optim.Optimizer, precision: str,
         x_0_BL = torch.roll(batch.x_0_BL, -1, dims=1)  # hidden state i-1 predicts token i
         ce_BL = F.cross_entropy(logits_BLV.flatten(0, 1).float(), x_0_BL.flatten(), reduction="none").view(num_rows, length)
     is_target_BL = torch.roll(batch.masked_BL, -1, dims=1)
-    loss = (ce_BL.masked_fill(~is_target_BL, 0.0) / batch.t_B[:, None]).sum() / batch.eligible_BL.sum()
+    loss = (ce_BL.masked_fill(~is_target_BL, 0.0) / batch.t_BL).sum() / batch.eligible_BL.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     for group in optimizer.param_groups:

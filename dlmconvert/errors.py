@@ -35,13 +35,23 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: exit code, and what to tell. lost_peer: it only noticed that another rank had gone."""
+    """How a command ended: exit code, and what to tell. lost_peer: it only noticed that another rank had gone. told: another process
+    has shown it, or will."""
 
     code: int = EXIT_DONE
     what: str = ""
     why: str = ""
     next_step: str = ""
     lost_peer: bool = False
+    told: bool = False
+
+
+class Told(Exception):
+    """An outcome that came about in another process."""
+
+    def __init__(self, outcome: Outcome):
+        super().__init__(outcome.what)
+        self.outcome = outcome
 
 
 class SavedAndLeft(Exception):

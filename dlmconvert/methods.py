@@ -77,6 +77,130 @@ METHODS = {
             ),
         ),
         PublishedMethod(
+            name="bd3lm",
+            paper="arXiv 2503.09573",
+            summary="block-causal attention on [noised | clean], in place, a noise level a block, 1/t",
+            choices={
+                "attention": {"pattern": "block_causal", "block_length": 16, "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "stratified", "levels_per": "block"},
+                "objective": {"weight": "elbo", "normaliser": "eligible"},
+            },
+            departs=(
+                "The paper trains from random weights; here its objective starts from an AR checkpoint. Levels cover [eps, 1]; the paper clips them "
+                "to a band that it searches for each block length (method.corruption.band=[0.3,0.8] at 16, [0.5,1] at 4)."
+            ),
+        ),
+        PublishedMethod(
+            name="sdar",
+            paper="arXiv 2510.06303",
+            summary="block-causal attention, blocks of 4 at once, in place, masking, 1/t",
+            choices={
+                "attention": {"pattern": "block_causal", "block_length": 4, "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "row", "count": "at_least_one"},
+                "objective": {"weight": "elbo", "normaliser": "eligible"},
+            },
+            departs=(
+                "The code draws one level a packed document, here it is one a row; it redraws until a mask exists and keeps 1/t, here the weight is "
+                "corrected so that the sum stays the bound. Blocks of 8 to 64 are for the fine-tuning (method.attention.block_length)."
+            ),
+        ),
+        PublishedMethod(
+            name="fast-dllm-v2",
+            paper="arXiv 2509.26328",
+            summary="block-causal attention, blocks of 32, shift, complementary masks, unweighted",
+            choices={
+                "attention": {"pattern": "block_causal", "block_length": 32, "anneal": "none"},
+                "alignment": "shift",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "block", "views": "complementary"},
+                "objective": {"weight": "unweighted", "normaliser": "masked"},
+            },
+            departs=(
+                "The first token of a block is never masked and is predicted by the clean copy, weight 1, as it is in decoding; the code trains it from "
+                "the noised copy and decodes it from the clean text. Rows are packed: the code pads each sample with masks without loss up to a block."
+            ),
+        ),
+        PublishedMethod(
+            name="efficient-dlm",
+            paper="arXiv 2512.14067",
+            summary="block-causal attention with clean context, in place, masks that fall late in the block",
+            choices={
+                "attention": {"pattern": "block_causal", "block_length": 16, "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "block", "half_life": 0.1},
+                "objective": {"weight": "unweighted", "normaliser": "masked"},
+            },
+            departs="Blocks of 16 are for 1.5B parameters, 64 for 4B and 8B (method.attention.block_length=64).",
+            unverified="The weight of the masked cross-entropy: the paper's formula divides by the mask ratio, which is no bound here; unweighted is our reading.",
+        ),
+        PublishedMethod(
+            name="nbdiff",
+            paper="arXiv 2512.06776",
+            summary="context-causal attention, blocks grow from 1 to 32, shift, AR loss on the clean copy",
+            choices={
+                "attention": {"pattern": "context_causal", "block_length": 32, "anneal": "block_growth", "anneal_steps": 0.625},
+                "alignment": "shift",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "block"},
+                "objective": {"weight": "elbo", "normaliser": "eligible", "ar_weight": 0.5, "ar_schedule": "annealed"},
+            },
+            departs="First tokens of blocks are predicted by the clean copy, in training as in decoding. Blocks are at 32 after 0.625 of the steps: step 2,500 of the paper's 4,000.",
+            unverified="The weight of the denoising loss (1/t is our reading) and the shape in which the weight of the AR loss falls (linear here).",
+        ),
+        PublishedMethod(
+            name="nemotron",
+            paper="Nemotron-Labs-Diffusion (NVIDIA; recipe in NeMo Automodel)",
+            summary="context-causal attention, blocks of 32, in place, 0.3 x denoising + AR loss",
+            choices={
+                "attention": {"pattern": "context_causal", "block_length": 32, "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "stratified", "levels_per": "block"},
+                "objective": {"weight": "elbo", "normaliser": "eligible", "ar_weight": 3.333},
+            },
+            departs="Written as denoising + 3.333 x AR, the recipe's 0.3 x denoising + AR but for a common factor: scale the learning rate by 0.3 to have its steps.",
+            unverified="Known from the recipe and secondary text, no paper was read.",
+        ),
+        PublishedMethod(
+            name="i-dlm",
+            paper="arXiv 2604.11035",
+            summary="causal inside blocks of 3, shift, everything masked, AR loss on the clean copy",
+            choices={
+                "attention": {"pattern": "causal_in_block", "block_length": 3, "anneal": "block_growth", "anneal_steps": 0.667},
+                "alignment": "shift",
+                "corruption": {"kind": "all_masked"},
+                "objective": {"weight": "unweighted", "normaliser": "eligible", "ar_weight": 0.2},
+            },
+            departs=(
+                "Blocks grow by doubling up to 3 (1, 2, 3: an epoch each in the paper). The code's labels are one place off at both ends of an answer; here the "
+                "token that is predicted decides. First tokens of blocks are predicted by the clean copy."
+            ),
+        ),
+        PublishedMethod(
+            name="tidar",
+            paper="arXiv 2511.08923",
+            summary="causal text, one bidirectional draft block of 8, all masked, AR loss with the same weight",
+            choices={
+                "attention": {"pattern": "context_causal", "block_length": 8, "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "all_masked"},
+                "objective": {"weight": "unweighted", "normaliser": "eligible", "ar_weight": 1.0},
+            },
+            departs="The sum of both losses, not their mean. All blocks of a row are drafted in one forward.",
+            unverified="Known from the abstract and secondary text.",
+        ),
+        PublishedMethod(
+            name="llada2",
+            paper="arXiv 2512.15745",
+            summary="block-causal attention; blocks grow to the row, stay, and shrink to 32; in place",
+            choices={
+                "attention": {"pattern": "block_causal", "block_length": 32, "anneal": "warm_up_stable_decay", "anneal_steps": 0.2, "decay_steps": 0.2},
+                "alignment": "in_place",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "block"},
+                "objective": {"weight": "elbo", "normaliser": "eligible"},
+            },
+            departs="The lengths of the three phases are fractions that a recipe sets; the paper gives the order of block lengths only. The confidence loss of its fine-tuning (CAP) is not built.",
+        ),
+        PublishedMethod(
             name="ar",
             paper="the baseline of every paper",
             summary="causal attention, next-token cross-entropy on the same rows",

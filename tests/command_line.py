@@ -71,8 +71,10 @@ def write_corpus(folder: Path, seed: int = 0) -> None:
 
 def curve(stage: Path) -> list[dict]:
     """The lines of metrics.jsonl without what a clock or the machine decides."""
+    from dlmconvert.training.metrics import CLOCK
+
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds_per_step", "memory_bytes")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def weights(folder: Path) -> bytes:

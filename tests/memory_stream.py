@@ -15,7 +15,7 @@ from dlmconvert.training.checkpoint import CheckpointFolder
 from dlmconvert.training.engine import SingleDeviceEngine
 from dlmconvert.training.loop import train
 from dlmconvert.training.losses import LoopSettings
-from dlmconvert.training.metrics import Metrics, read_metrics
+from dlmconvert.training.metrics import CLOCK, Metrics, read_metrics
 
 ROWS, LENGTH = 8, 24
 SETTINGS = LoopSettings(
@@ -41,14 +41,14 @@ class MemoryStream:
         segments_BL = torch.zeros_like(x_0_BL) if self.segments is None else self.segments[start:stop]
         eligible_BL = predictable(segments_BL, self.alignment)
         if self.causal:
-            t_B, x_t_BL, masked_BL = torch.ones(stop - start), x_0_BL, eligible_BL
+            t_BL, x_t_BL, masked_BL = torch.ones(x_0_BL.shape), x_0_BL, eligible_BL
         else:
             t_B = noise_levels(0, step, ROWS, 1e-3, "uniform")[start:stop]
             u_BL = counter_uniform(MASK, 0, step, ids_B[:, None], torch.arange(LENGTH))
-            masked_BL, t_B = draw_masks(eligible_BL, t_B, u_BL, "bernoulli")
+            masked_BL, t_BL = draw_masks(eligible_BL, t_B[:, None], u_BL, "bernoulli")
             x_t_BL = x_0_BL.masked_fill(masked_BL, VOCAB - 1)
         return SimpleNamespace(
-            x_0_BL=x_0_BL, x_t_BL=x_t_BL, masked_BL=masked_BL, t_B=t_B.float(), positions_BL=torch.arange(LENGTH).expand_as(x_0_BL),
+            x_0_BL=x_0_BL, x_t_BL=x_t_BL, masked_BL=masked_BL, t_BL=t_BL.float(), starts_BL=None, positions_BL=torch.arange(LENGTH).expand_as(x_0_BL),
             segments_BL=None if self.segments is None else segments_BL, row_ids=ids_B.tolist(),
         )  # fmt: skip
 
@@ -95,8 +95,7 @@ def run(folder, settings=SETTINGS, engine=None, stream=None, stop=None, identity
 
 def lines(folder):
     """The metrics without what the clock and the machine put there."""
-    clock = ("tokens_per_second", "seconds_per_step", "memory_bytes")
-    return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights(engine):

@@ -93,11 +93,11 @@ def rewritten(family: str, **kwargs):
     return model
 
 
-def denoiser(model, alignment="shift", attention="bidirectional", mask_token_id=VOCAB - 1):
+def denoiser(model, alignment="shift", attention="bidirectional", mask_token_id=VOCAB - 1, block_length=None):
     from dlmconvert.backbone.denoiser import Denoiser
     from dlmconvert.backbone.spec import DlmSpec
 
-    spec = DlmSpec(attention=attention, alignment=alignment, mask_token_id=mask_token_id, vocab_size=VOCAB)
+    spec = DlmSpec(attention=attention, alignment=alignment, block_length=block_length, mask_token_id=mask_token_id, vocab_size=VOCAB)
     return Denoiser(model, spec).eval()
 
 

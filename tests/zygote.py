@@ -4,6 +4,7 @@
 
 A request {"words", "folder", "log", "die"} runs `dlmconvert WORDS` in the folder. `die` is [module, name, n, "before" | "after"]: the
 process kills itself with SIGKILL around the n-th call of that function; what nobody can handle, at a place chosen beforehand.
+`full` is [module, name, n, rank]: on that rank the n-th call finds the disk full.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, folder: Path, *words: object, die: tuple | None = None) -> Child:
+    def start(self, folder: Path, *words: object, die: tuple | None = None, full: tuple | None = None) -> Child:
         self.number += 1
         log = Path(folder) / f"log-{self.number}.txt"
         log.touch()
-        answer = self.ask({"words": [str(word) for word in words], "folder": str(folder), "log": str(log), "die": die})
+        answer = self.ask({"words": [str(word) for word in words], "folder": str(folder), "log": str(log), "die": die, "full": full})
         return Child(self, answer["pid"], log)
 
-    def run(self, folder: Path, *words: object, die: tuple | None = None) -> tuple[int, str]:
-        child = self.start(folder, *words, die=die)
+    def run(self, folder: Path, *words: object, die: tuple | None = None, full: tuple | None = None) -> tuple[int, str]:
+        child = self.start(folder, *words, die=die, full=full)
         return child.wait(), child.text()
 
     def close(self) -> None:
@@ -107,6 +108,8 @@ def child(request: dict) -> int:
     os.close(0)
     if request["die"]:
         die_at(*request["die"])
+    if request["full"]:
+        full_at(*request["full"])
     from dlmconvert.cli.app import main
 
     sys.argv = ["dlmconvert", *request["words"]]
@@ -121,23 +124,39 @@ def child(request: dict) -> int:
 
 
 def die_at(module: str, name: str, nth: int, when: str) -> None:
+    def kill(number: int, at: str) -> None:
+        if number == nth and at in (when, "after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    around(module, name, kill)
+
+
+def full_at(module: str, name: str, nth: int, rank: int) -> None:
+    def fail(number: int, at: str) -> None:
+        if number == nth and at == "before" and int(os.environ.get("RANK", 0)) == rank:
+            raise OSError(28, "No space left on device")
+
+    around(module, name, fail)
+
+
+def around(module: str, name: str, happens) -> None:
+    """happens(number of the call, "before" | "after") is called around every call of that function."""
     owner = importlib.import_module(module)
     *path, name = name.split(".")
     for part in path:
         owner = getattr(owner, part)
     real, calls = getattr(owner, name), 0
 
-    def deadly(*args, **kwargs):
+    def wrapped(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == nth and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+        number = calls
+        happens(number, "before")
         result = real(*args, **kwargs)
-        if calls == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+        happens(number, "after")
         return result
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, wrapped)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlmconvert.backbone.head import plain_head, scoring
+from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store
 from dlmconvert.backbone.rewrite import call_model
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import AttentionContext
+from dlmconvert.diffusion.objective import cross_entropy
+from dlmconvert.diffusion.streams import block_numbers, reading_positions, two_streams
 
 
 class Denoiser(nn.Module):
@@ -29,20 +33,46 @@ class Denoiser(nn.Module):
         self.model = model
         self.spec = spec
         self.tokenizer = tokenizer
+        self._head: tuple[nn.Linear | None] | None = None  # found at the first loss; a tuple, so that it is no second child module
 
     def forward(
-        self, tokens_BL: torch.Tensor, targets_BL: torch.Tensor, positions_BL: torch.Tensor, context: AttentionContext
-    ) -> torch.Tensor:
-        """logits_NV: the prediction of token i for each True in targets_BL, row-major.
+        self,
+        tokens_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        positions_BL: torch.Tensor,
+        context: AttentionContext,
+        weights_N: torch.Tensor | None = None,
+        x_0_N: torch.Tensor | None = None,
+        clean_BL: torch.Tensor | None = None,
+        clean_targets_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """logits_NV: the prediction of token i for each True in targets_BL, row-major; with weights_N and x_0_N instead
+        (sum_i w_i CE_i, CE_N), float32, nats (see `diffusion.fused_head`; CE_N has no gradient).
 
         The output matrix is applied to the chosen hidden states only (transformers' boolean `logits_to_keep`): at a
         vocabulary of 128k the full logits would be most of the memory. Under `shift` targets_BL must be False at position 0.
+
+        Under a two-stream pattern the model runs [tokens_BL | clean_BL]; clean_targets_BL: tokens that the clean copy predicts, from the
+        state before. Results and x_0_N, weights_N are then in the row-major order of [targets_BL | clean_targets_BL].
         """
-        keep_BL = predicting_positions(targets_BL, self.spec.alignment)
-        logits_NV = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
-        if torch.is_grad_enabled():
-            _let_tied_gradients_add_in_place(logits_NV)
-        return logits_NV
+        if context.has_two_streams:
+            assert clean_BL is not None and clean_targets_BL is not None
+            keep_BL = reading_positions(targets_BL, clean_targets_BL, self.spec.alignment)
+            tokens_BL, positions_BL = two_streams(tokens_BL, clean_BL, positions_BL)
+        else:
+            keep_BL = predicting_positions(targets_BL, self.spec.alignment)
+        if weights_N is None:
+            return call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
+        assert x_0_N is not None
+        if self._head is None:
+            self._head = (plain_head(self.model),)
+        (head,) = self._head
+        if head is None:
+            ce_N = cross_entropy(call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits, x_0_N)
+            return (weights_N * ce_N).sum(), ce_N.detach()
+        with scoring(head, x_0_N, weights_N) as found:
+            loss = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
+        return loss.reshape(()), found[0]
 
     @torch.no_grad()
     def predict(
@@ -58,6 +88,26 @@ class Denoiser(nn.Module):
         context = AttentionContext(open_ratio=0.0 if self.spec.attention == "causal" else 1.0, segments_BL=segments_BL)
         return self(tokens_BL, wanted_BL, positions_BL, context)
 
+    @torch.no_grad()
+    def predict_blocks(
+        self,
+        x_t_BL: torch.Tensor,
+        x_0_BL: torch.Tensor,
+        targets_BL: torch.Tensor,
+        clean_targets_BL: torch.Tensor,
+        positions_BL: torch.Tensor,
+        segments_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """logits_NV of a block model, all blocks at once, in the row-major order of [targets_BL | clean_targets_BL]; for estimators."""
+        return self(x_t_BL, targets_BL, positions_BL, self.block_context(positions_BL, segments_BL), clean_BL=x_0_BL, clean_targets_BL=clean_targets_BL)
+
+    def block_context(self, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None = None) -> AttentionContext:
+        """The two-stream pattern that a block model was trained for; blocks restart wherever positions do."""
+        blocks_BL = None if segments_BL is None else block_numbers(positions_BL, self.spec.block_length)
+        return AttentionContext(
+            pattern=self.spec.attention, block_length=self.spec.block_length, length=positions_BL.shape[1], segments_BL=segments_BL, blocks_BL=blocks_BL
+        )
+
     @property
     def mask_token_id(self) -> int:
         return self.spec.mask_token_id
@@ -71,23 +121,25 @@ class Denoiser(nn.Module):
         return self.spec.alignment
 
     @property
+    def attention(self) -> str:
+        return self.spec.attention
+
+    @property
+    def block_length(self) -> int | None:
+        return self.spec.block_length
+
+    @property
+    def corruption(self) -> str:
+        return self.spec.corruption
+
+    def new_store(self, num_rows: int, num_columns: int) -> KeyValueStore:
+        """Room for the keys and values of a canvas; what samplers with a cache call, together with `forward_columns`."""
+        return new_store(self.model, num_rows, num_columns)
+
+    def forward_columns(self, *args: Any) -> torch.Tensor:
+        """See sampling/cache.py, `WindowPredictor`: hidden states are not aligned here, their columns are the sampler's to choose."""
+        return forward_columns(self.model, *args)
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-
-def _let_tied_gradients_add_in_place(logits_NV: torch.Tensor) -> None:
-    """Save one copy of a tied embedding's gradient (V x D) at the end of the backward pass, where memory peaks.
-
-    The output matrix's gradient arrives as a transposed view, and autograd adds in place only to tensors that own their memory: it
-    would make a third matrix for the sum with the input embedding's gradient. Detached, the view owns it. The values are the same.
-    """
-    node = logits_NV.grad_fn
-    for _ in range(4):  # reshapes and logit scaling may stand between the logits and the product
-        if node is None:
-            return
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        for parent in parents:
-            if parent.name() == "TBackward0":
-                parent.register_hook(lambda inputs, _: tuple(None if g is None else g.detach() for g in inputs))
-                return
-        node = parents[0] if parents else None

@@ -200,11 +200,16 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_denoiser(
-    folder: str | Path, device: str = "auto", dtype: torch.dtype | str = "auto", attention: str | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    block_length: int | None = None,
 ) -> Denoiser:
     """A converted model folder as a Denoiser in eval mode.
 
-    attention: overrides the pattern of the spec (an evaluation that is always fully bidirectional, say). `causal` reads the model as
+    attention, block_length: override the pattern of the spec (a model before its conversion is scored as it will be after). `causal` reads the model as
     the AR model that it was or is, aligned by shift; an ordinary AR checkpoint will do then. The folder may also be an export of
     ours: its weights carry the source's names, and its own code is not needed here.
     """
@@ -221,7 +226,7 @@ def load_denoiser(
     model = load_model(folder, config, dtype, trust_remote_code)
     model.to(pick_device(device)).eval()
     if attention is not None:
-        spec = replace(spec, attention=attention, alignment="shift" if attention == "causal" else spec.alignment)
+        spec = replace(spec, attention=attention, block_length=block_length, alignment="shift" if attention == "causal" else spec.alignment)
     return Denoiser(model, spec, load_tokenizer(folder)).eval()
 
 

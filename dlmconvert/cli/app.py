@@ -10,15 +10,21 @@ import warnings
 import typer
 
 from dlmconvert import __version__
+from dlmconvert.cli.bench import bench
+from dlmconvert.cli.chat import chat
 from dlmconvert.cli.compare import compare
 from dlmconvert.cli.doctor import doctor
 from dlmconvert.cli.evaluate import evaluate
 from dlmconvert.cli.generate import infill, sample
+from dlmconvert.cli.launching import LaunchedCommand
 from dlmconvert.cli.methods import methods
 from dlmconvert.cli.outcome import outcome_of
 from dlmconvert.cli.plan import plan
 from dlmconvert.cli.recipes import recipes
-from dlmconvert.cli.stages import adapt, export, report, run, sft, status
+from dlmconvert.cli.replay import replay
+from dlmconvert.cli.stages import adapt, export, report, run, sft
+from dlmconvert.cli.status import status
+from dlmconvert.cli.tune import tune_sampler
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,15 +45,18 @@ def _version(asked: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    local_rank: int = typer.Option(0, "--local_rank", "--local-rank", hidden=True, help="What the deepspeed launcher adds; LOCAL_RANK says the same."),
 ) -> None:
     if debug:
         os.environ["DLMCONVERT_DEBUG"] = "1"
 
 
-for verb in (run, adapt, sft, export, compare, plan, sample, infill):
+for verb in (run, adapt, sft):
+    app.command(cls=LaunchedCommand)(verb)
+for verb in (export, compare, plan, sample, infill, chat, bench, tune_sampler):
     app.command()(verb)
 app.command("eval")(evaluate)
-for verb in (status, report, doctor):
+for verb in (status, report, replay, doctor):
     app.command()(verb)
 app.add_typer(recipes, name="recipes")
 app.command()(methods)
@@ -78,6 +87,6 @@ def guarded(call) -> int:
     from dlmconvert.cli.console import show_error
 
     outcome = outcome_of(call)
-    if outcome.what:
+    if outcome.what and not outcome.told:
         show_error(outcome.what, outcome.why, outcome.next_step)
     return outcome.code

@@ -23,7 +23,7 @@ def compare(
     from dlmconvert.errors import UserError
     from dlmconvert.runs.compare import table_text, tabulate, train_variants, variants_of, write_comparison
     from dlmconvert.runs.compare_page import check_report, write_page
-    from dlmconvert.training.ranks import place_of
+    from dlmconvert.training.launchers import place_of
 
     place = place_of(os.environ)
     if place is not None and place.count > 1:

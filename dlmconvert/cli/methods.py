@@ -60,7 +60,12 @@ def axes(choices: dict) -> list[tuple[str, str]]:
 
     method = Method.model_validate(choices)
     attention, corruption, objective = method.attention, method.corruption, method.objective
-    path = {"none": "at once", "random": "annealed at random pairs", "window": "annealed by a growing window"}[attention.anneal]
+    path = {
+        "none": "at once", "random": "annealed at random pairs", "window": "annealed by a growing window",
+        "block_growth": "growing from 1", "warm_up_stable_decay": "growing to the row and back",
+    }[attention.anneal]  # fmt: skip
+    if attention.block_length is not None:
+        path = f"blocks of {attention.block_length} {path}"
     steps = f" over {attention.anneal_steps:g} steps" if attention.anneal_steps is not None else ""
     noise = {
         "uniform": "t uniform", "stratified": "t stratified", "offset": "t evenly spaced", "antithetic": "t and 1 - t",
@@ -68,12 +73,16 @@ def axes(choices: dict) -> list[tuple[str, str]]:
     if corruption.band is not None:
         noise += " in [{:g}, {:g}]".format(*corruption.band)
     extras = {"bernoulli": "", "at_least_one": ", at least one mask", "exact": ", exact counts"}[corruption.count]
+    extras += " a block" if corruption.levels_per == "block" else ""
+    extras += f", late in the block (half-life {corruption.half_life:g})" if corruption.half_life is not None else ""
     extras += ", complementary pairs" if corruption.views == "complementary" else ""
     weight = {"elbo": "1/t", "unweighted": "unweighted", "cart": f"CART, p = {objective.cart_p:g}"}[objective.weight]
     divisor = {"eligible": "eligible tokens", "masked": "masked tokens", "masked_micro_batch": "masked tokens of a micro-batch"}[objective.normaliser]
+    ar = f", + {objective.ar_weight:g} AR" if objective.ar_weight else ""
+    ar += {"fixed": "", "annealed": " falling to 0", "balanced": " balanced"}[objective.ar_schedule]
     return [
         ("attention", attention.pattern if attention.pattern == "causal" else f"{attention.pattern}, {path}{steps}"),
         ("alignment", method.alignment.replace("_", " ")),
-        ("corruption", f"masking, {noise}{extras}" if corruption.kind == "masking" else "none"),
-        ("objective", f"{weight}, over {divisor}"),
+        ("corruption", {"masking": f"masking, {noise}{extras}", "all_masked": "all masked", "none": "none"}[corruption.kind]),
+        ("objective", f"{weight}, over {divisor}{ar}"),
     ]

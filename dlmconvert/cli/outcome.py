@@ -7,17 +7,9 @@ import os
 
 import typer
 
-from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, EXIT_WRONG_INPUT, Interrupted, Outcome, SavedAndLeft, UserError
+from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, EXIT_WRONG_INPUT, Interrupted, Outcome, SavedAndLeft, Told, UserError
 
 _LOWER = "lower micro_batch or data.row_length, or set gradient_checkpointing=true"
-
-
-class Told(Exception):
-    """An outcome that came about in another process."""
-
-    def __init__(self, outcome: Outcome):
-        super().__init__(outcome.what)
-        self.outcome = outcome
 
 
 def outcome_of(call) -> Outcome:

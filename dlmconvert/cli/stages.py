@@ -1,38 +1,40 @@
-"""Verbs that run stages, and those that say where a run stands."""
+"""Verbs that run stages, and the page that shows what came out."""
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Annotated
 
 import typer
 
+from dlmconvert.cli.launching import ALONE, Launching, in_ranks, launched, write_slurm_job
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys, as in train.steps=200.")]
-Processes = Annotated[int | None, typer.Option("--processes", min=1, metavar="N", help="Train in N processes of this machine: one a GPU; on the CPU too. More than one means DeepSpeed.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run folder beside the old one; nothing is deleted.")]
 
 
+@launched
 def run(
     recipe: Annotated[str, typer.Argument(help="Recipe name, recipe file, Hub id, or checkpoint folder.")],
     overrides: Overrides = None,
     fresh: Fresh = False,
-    processes: Processes = None,
+    launching: Launching = ALONE,
 ) -> None:
     """Every stage of a recipe, each resumable."""
-    _run_recipe(recipe, overrides or [], fresh, None, processes)
+    _run_recipe("run", recipe, overrides or [], fresh, None, launching)
 
 
+@launched
 def adapt(
     recipe: Annotated[str, typer.Argument(help="Recipe name, recipe file, Hub id, or checkpoint folder.")],
     overrides: Overrides = None,
     fresh: Fresh = False,
-    processes: Processes = None,
+    launching: Launching = ALONE,
 ) -> None:
     """Turn the AR model into a diffusion model (prepares it first)."""
-    _run_recipe(recipe, overrides or [], fresh, ["adapt"], processes)
+    _run_recipe("adapt", recipe, overrides or [], fresh, ["adapt"], launching)
 
 
-def _run_recipe(what: str, overrides: list[str], fresh: bool, targets: list[str] | None, processes: int | None) -> None:
+def _run_recipe(verb: str, what: str, overrides: list[str], fresh: bool, targets: list[str] | None, launching: Launching) -> None:
     from dlmconvert.recipe.load import load_recipe
     from dlmconvert.runs.folder import new_or_latest
 
@@ -47,47 +49,25 @@ def _run_recipe(what: str, overrides: list[str], fresh: bool, targets: list[str]
         console.print(f"run folder {folder.path}")
         return folder, loaded, targets or [*loaded.stages, "report"]
 
-    _in_ranks(processes, overrides, find, begin)
+    if launching.slurm and not launching.dry_run:
+        folder, recipe = find(overrides)
+        words = [*(word for word in overrides if not word.startswith("run.folder=")), f"run.folder={folder.path}"]
+        return _write_job([verb, what, *words], launching, find, overrides, targets or [*recipe.stages])
+    in_ranks([verb, what, *overrides, *(["--fresh"] if fresh else [])], launching, overrides, find, begin)
 
 
-def _in_ranks(processes: int | None, overrides: list[str], find, begin) -> None:
-    """Run stages in this process, or in as many as asked for: started here, or by torchrun, srun, mpirun.
-
-    find(overrides) -> (run folder, recipe). begin(overrides) -> (run folder, recipe, targets), having said which folder it is.
-    """
-    import os
-
-    from dlmconvert.cli.console import ConsoleReporter
-    from dlmconvert.cli.outcome import Told, outcome_of
-    from dlmconvert.recipe.load import dump_recipe
+def _write_job(command: list[str], launching: Launching, find, overrides: list[str], targets: list[str]) -> None:
     from dlmconvert.runs.engines import engine_words
-    from dlmconvert.runs.launch import follow, joined, launch
-    from dlmconvert.runs.runner import run_stages
-    from dlmconvert.training.ranks import Place, check_place, place_of
 
-    place = place_of(os.environ)
-    check_place(place, processes)
-    if place is None and (processes or 1) > 1:
-        outcome = launch(processes, lambda: outcome_of(lambda: _in_ranks(processes, overrides, find, begin)))
-        if outcome.code:
-            raise Told(outcome)
-        return
-    place = place or Place()
-    words = engine_words(*find(overrides), overrides, place.count, processes)
-    with joined(place, dump_recipe(find(words)[1])) as ranks:
-        if ranks.rank > 0:
-            return follow(ranks)
-        reporter = ConsoleReporter()
-        folder, recipe, targets = begin(words)
-        if words != overrides:
-            reporter.say(f"{place.count} processes: engine.name=deepspeed (the recipe says single)" if place.count > 1 else "engine.name=deepspeed, as this run was begun")
-        worked = run_stages(folder, recipe, targets, reporter, words, ranks)
-        _show_result(folder, worked)
+    processes = [] if launching.processes is None else ["--processes", str(launching.processes)]
+    folder, recipe = find(engine_words(*find(overrides), overrides, launching.processes or 1, launching.processes))
+    write_slurm_job([*command, *processes], launching, folder, recipe, targets)
 
 
+@launched
 def sft(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RUN] [KEY=VALUE ...]", help="Run folder or name (default: the latest), then keys.")] = None,
-    processes: Processes = None,
+    launching: Launching = ALONE,
 ) -> None:
     """Fine-tune the adapted model on conversations: only the answers are masked and scored."""
     from dlmconvert.runs.folder import find_run
@@ -106,7 +86,9 @@ def sft(
         console.print(f"run folder {folder.path}" + ("" if name else f" ({which.split(',')[0]})"))
         return folder, with_overrides(folder, words), ["sft"]
 
-    _in_ranks(processes, overrides, find, begin)
+    if launching.slurm and not launching.dry_run:
+        return _write_job(["sft", str(find(overrides)[0].path), *overrides], launching, find, overrides, ["sft"])
+    in_ranks(["sft", *(words or [])], launching, overrides, find, begin)
 
 
 def export(
@@ -139,37 +121,6 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     if len(names) > 1:
         raise UserError(f"one run at a time: {' and '.join(map(repr, names))}", "", "recipe keys are written KEY=VALUE")
     return (names[0] if names else None), [word for word in words if "=" in word]
-
-
-def _show_result(folder, worked: bool) -> None:
-    from dlmconvert.cli.console import out
-    from dlmconvert.runs.report import result_text
-
-    if not worked:
-        out("everything is done already")
-    out(result_text(folder))
-
-
-def status(
-    run: Annotated[str | None, typer.Argument(help="Run folder or name (default: every run in ./runs).")] = None,
-    json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-) -> None:
-    """Where a run stands: stages, last metrics, checkpoints, whether a process holds it."""
-    from pathlib import Path
-
-    from dlmconvert.cli.console import out
-    from dlmconvert.runs.folder import RUNS, find_run, runs_in
-    from dlmconvert.runs.report import status_of, status_text
-
-    folders = [find_run(run)[0]] if run else runs_in(Path(RUNS))
-    if not folders:
-        find_run(None)  # says that there is none, and what to do
-    states = [status_of(folder) for folder in folders]
-    if json:
-        out(json_module.dumps(states if run is None else states[0], indent=1))
-        return
-    for state in states:
-        out(status_text(state))
 
 
 def report(

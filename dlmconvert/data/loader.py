@@ -10,7 +10,7 @@ Shapes: N slots, B rows, L tokens a row.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 
 from dlmconvert.data.rows import Rows, RowStore
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.corruption import complement, draw_masks
-from dlmconvert.diffusion.randomness import MASK, SOURCE_CHOICE, counter_uniform, permutation
+from dlmconvert.diffusion.corruption import complement, draw_masks, late_in_block
+from dlmconvert.diffusion.randomness import MASK, NOISE_LEVEL, SOURCE_CHOICE, counter_uniform, permutation
 from dlmconvert.diffusion.schedules import noise_levels
+from dlmconvert.diffusion.streams import block_starts
 
 PERIOD = 1000
 """Slots in which every source of a mixture gets exactly its share."""
@@ -114,8 +115,9 @@ def period_counts(weights: Sequence[float], period: int) -> np.ndarray:
 class Batch:
     """Some rows of the global batch of a step.
 
-    x_0_BL, x_t_BL int64: clean and noised tokens. masked_BL bool: the targets. eligible_BL bool: what might have been masked.
-    t_B float32: noise levels, or what takes their place in the weight 1/t (see diffusion/corruption.py). segments_BL int64: document numbers, None where every row is one document.
+    x_0_BL, x_t_BL int64: clean and noised tokens. masked_BL bool: the targets. eligible_BL bool: what is predicted in some noise;
+    starts_BL bool: those of them that the clean copy predicts (first tokens of blocks under `shift`, see diffusion/streams.py).
+    t_BL float32: noise levels, or what takes their place in the weight 1/t (see diffusion/corruption.py). segments_BL int64: document numbers, None where every row is one document.
     positions_BL int64: position ids. row_ids: (source, epoch, row) of each row, for error messages.
     """
 
@@ -124,10 +126,11 @@ class Batch:
     x_t_BL: torch.Tensor
     masked_BL: torch.Tensor
     eligible_BL: torch.Tensor
-    t_B: torch.Tensor
+    t_BL: torch.Tensor
     segments_BL: torch.Tensor | None
     positions_BL: torch.Tensor
     row_ids: list[tuple[int, int, int]]
+    starts_BL: torch.Tensor | None = None
 
 
 class BatchStream:
@@ -139,6 +142,10 @@ class BatchStream:
     `single`, or `complementary`: rows 2j and 2j + 1 are one row, and what one masks the other shows (levels in [eps, 1 - eps], so
     that both weights are bounded). alignment: `shift` takes the first token of a document out of the eligible ones before masking,
     so it stays clean. isolated: position ids restart with each document.
+
+    levels_per: `row`, or `block`: a noise level for each block of `block_length(step)` tokens (counted from the start of a document where
+    position ids are), spread over all blocks of the global batch. half_life: of `diffusion.corruption.late_in_block`, None for uniform
+    masks. block_length: None for one-stream patterns.
     """
 
     def __init__(
@@ -156,8 +163,12 @@ class BatchStream:
         band: tuple[float, float] | None = None,
         count: str = "bernoulli",
         views: str = "single",
+        levels_per: str = "row",
+        half_life: float | None = None,
+        block_length: Callable[[int], int] | None = None,
     ):
-        assert corruption_kind in ("masking", "none"), corruption_kind
+        assert corruption_kind in ("masking", "all_masked", "none"), corruption_kind
+        assert levels_per == "row" or block_length is not None
         assert views == "single" or (views == "complementary" and rows_per_step % 2 == 0 and count == "bernoulli"), (views, rows_per_step, count)
         self.mixture = mixture
         self.rows_per_step = rows_per_step
@@ -169,6 +180,9 @@ class BatchStream:
         else:
             self._low, self._high = (0.0 if count == "exact" else eps), (1.0 - eps if views == "complementary" else 1.0)
         self._count = count
+        self._levels_per_block = levels_per == "block"
+        self._half_life = half_life
+        self._block_length = block_length
         self._noise_levels = noise_levels
         self._mask_token_id = mask_token_id
         self._alignment = alignment
@@ -183,7 +197,9 @@ class BatchStream:
         ids = self._ids(step, start, stop)
         rows = self._read(*ids)
         eligible_BL = rows.eligible_BL & predictable(rows.segments_BL, self._alignment)
-        masked_BL, t_B = self._masks(step, start, stop, ids, eligible_BL)
+        positions_BL = positions(rows.segments_BL, self._isolated)
+        starts_BL = self._starts(step, eligible_BL, positions_BL)
+        masked_BL, t_BL = self._masks(step, start, stop, ids, eligible_BL, starts_BL, positions_BL)
         x_t_BL = rows.tokens_BL if self._kind == "none" else rows.tokens_BL.masked_fill(masked_BL, self._mask_token_id)
         return Batch(
             step=step,
@@ -191,10 +207,11 @@ class BatchStream:
             x_t_BL=x_t_BL,
             masked_BL=masked_BL,
             eligible_BL=eligible_BL,
-            t_B=t_B.to(torch.float32),
+            t_BL=t_BL.to(torch.float32),
             segments_BL=rows.segments_BL if self._has_segments else None,
-            positions_BL=positions(rows.segments_BL, self._isolated),
+            positions_BL=positions_BL,
             row_ids=list(zip(*(column.tolist() for column in ids), strict=True)),
+            starts_BL=starts_BL,
         )
 
     def num_eligible(self, step: int) -> int:
@@ -202,15 +219,19 @@ class BatchStream:
         stores = self.mixture.stores
         if not self._has_segments and all(store.all_eligible for store in stores):
             return self.rows_per_step * (self.mixture.row_length - (self._alignment == "shift"))
-        return int(self._eligible(self._ids(step, 0, self.rows_per_step)).sum())
+        return int(self._eligible(self._ids(step, 0, self.rows_per_step))[0].sum())
 
     def num_masked(self, step: int) -> int:
-        """Masked tokens of the whole global batch, a divisor of published losses; every rank draws all masks anew, without tokens."""
+        """Targets of the whole global batch, a divisor of published losses; every rank draws all masks anew, without tokens."""
         total = 0
         for start in range(0, self.rows_per_step, COUNTED_ROWS):
             stop = min(start + COUNTED_ROWS, self.rows_per_step)
             ids = self._ids(step, start, stop)
-            total += int(self._masks(step, start, stop, ids, self._eligible(ids))[0].sum())
+            eligible_BL, segments_BL = self._eligible(ids)
+            positions_BL = positions(segments_BL, self._isolated)
+            starts_BL = self._starts(step, eligible_BL, positions_BL)
+            masked_BL, _ = self._masks(step, start, stop, ids, eligible_BL, starts_BL, positions_BL)
+            total += int(masked_BL.sum()) + (0 if starts_BL is None else int(starts_BL.sum()))
         return total
 
     def _ids(self, step: int, start: int, stop: int) -> Ids:
@@ -220,32 +241,69 @@ class BatchStream:
         places_B = slots_B - slots_B[0]
         return sources_N[places_B], epochs_N[places_B], rows_N[places_B]
 
-    def _masks(self, step: int, start: int, stop: int, ids: Ids, eligible_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(masked_BL, t_B): the targets of the rows [start, stop), and the t of their weight 1/t."""
-        if self._kind == "none":
-            return eligible_BL, torch.ones(stop - start)
-        num_levels = self.rows_per_step // self._rows_per_slot
-        levels = noise_levels(self._seed, step, num_levels, self._low, self._noise_levels, self._high)
+    def _starts(self, step: int, eligible_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor | None:
+        """What the clean copy predicts: the first tokens of blocks under `shift`."""
+        if self._block_length is None or self._alignment != "shift":
+            return None
+        return eligible_BL & block_starts(positions_BL, self._block_length(step))
+
+    def _masks(
+        self,
+        step: int,
+        start: int,
+        stop: int,
+        ids: Ids,
+        eligible_BL: torch.Tensor,
+        starts_BL: torch.Tensor | None,
+        positions_BL: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(masked_BL, t_BL): the noised targets of the rows [start, stop), and the t of their weight 1/t."""
+        maskable_BL = eligible_BL if starts_BL is None else eligible_BL & ~starts_BL
+        if self._kind in ("none", "all_masked"):
+            return maskable_BL, torch.ones(eligible_BL.shape)
         rows_B = torch.arange(start, stop)
-        t_B = levels[rows_B // self._rows_per_slot]
+        groups_BL, levels_BG = self._levels(step, rows_B // self._rows_per_slot, positions_BL)
         source_B1, epoch_B1, row_B1 = (torch.from_numpy(column)[:, None] for column in ids)
         u_BL = counter_uniform(MASK, self._seed, source_B1, epoch_B1, row_B1, torch.arange(self.mixture.row_length))
-        masked_BL, t_B = draw_masks(eligible_BL, t_B, u_BL, self._count)
+        if self._half_life is not None:
+            masked_BL, t_BL = late_in_block(maskable_BL, levels_BG, u_BL, groups_BL, self._half_life)
+        else:
+            masked_BL, t_BL = draw_masks(maskable_BL, levels_BG, u_BL, self._count, groups_BL)
         if self._rows_per_slot == 1:
-            return masked_BL, t_B
-        second_B = rows_B % 2 == 1
-        other_BL, other_t_B = complement(eligible_BL, masked_BL, t_B)
-        return torch.where(second_B[:, None], other_BL, masked_BL), torch.where(second_B, other_t_B, t_B)
+            return masked_BL, t_BL
+        second_B1 = (rows_B % 2 == 1)[:, None]
+        other_BL, other_t_BL = complement(maskable_BL, masked_BL, t_BL)
+        return torch.where(second_B1, other_BL, masked_BL), torch.where(second_B1, other_t_BL, t_BL)
 
-    def _eligible(self, ids: Ids) -> torch.Tensor:
-        """bool (B, L): what may be masked in these rows, without reading their tokens."""
+    def _levels(self, step: int, slots_B: torch.Tensor, positions_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(groups_BL, levels_BG): which level holds at each position, and the levels of these rows."""
+        num_slots = self.rows_per_step // self._rows_per_slot
+        if not self._levels_per_block:
+            levels = noise_levels(self._seed, step, num_slots, self._low, self._noise_levels, self._high)
+            return torch.zeros_like(positions_BL), levels[slots_B][:, None]
+        block_length = self._block_length(step)
+        # Blocks are numbered along the row; documents that begin inside of it make more of them than the grid has.
+        groups_BL = block_starts(positions_BL, block_length).cumsum(1) - 1
+        per_row = -(-positions_BL.shape[1] // block_length)
+        levels = noise_levels(self._seed, step, num_slots * per_row, self._low, self._noise_levels, self._high).view(num_slots, per_row)
+        more = int(groups_BL.max()) + 1 - per_row
+        if more > 0:
+            extra = counter_uniform(NOISE_LEVEL, self._seed, step, torch.arange(num_slots)[:, None], per_row + torch.arange(self.mixture.row_length))
+            levels = torch.cat([levels, (self._high - self._low) * extra + self._low], dim=1)
+        return groups_BL, levels[slots_B]
+
+    def _eligible(self, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """(eligible_BL, segments_BL) of these rows, without reading their tokens."""
         sources_B, _, rows_B = ids
-        eligible_BL = torch.empty((len(rows_B), self.mixture.row_length), dtype=torch.bool)
+        shape = (len(rows_B), self.mixture.row_length)
+        eligible_BL, segments_BL = torch.empty(shape, dtype=torch.bool), torch.empty(shape, dtype=torch.int64)
         for source in np.unique(sources_B):
             here_B = sources_B == source
             store, indices = self.mixture.stores[source], rows_B[here_B]
-            eligible_BL[torch.from_numpy(here_B)] = store.eligible(indices) & predictable(store.segments(indices), self._alignment)
-        return eligible_BL
+            segments = store.segments(indices)
+            eligible_BL[torch.from_numpy(here_B)] = store.eligible(indices) & predictable(segments, self._alignment)
+            segments_BL[torch.from_numpy(here_B)] = segments
+        return eligible_BL, segments_BL
 
     def _read(self, sources_B: np.ndarray, epochs_B: np.ndarray, rows_B: np.ndarray) -> Rows:
         shape = (len(rows_B), self.mixture.row_length)

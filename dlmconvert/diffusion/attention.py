@@ -3,7 +3,11 @@
 `allowed(query, key, context)` says which positions see which. `realise` turns it into what the unmodified model takes: no mask
 at all (the kernel's own bidirectional or causal path), a dense 4-D mask, or a FlexAttention BlockMask. Tests hold them equal.
 
-Shapes: B rows, L positions; masks are (B or 1, 1, L, L), query before key.
+One-stream patterns (`bidirectional`, and `causal` with everything between) see one copy of a row. Two-stream patterns train a model
+that fills a text block after block: they run [x_t | x_0], the noised copy and the clean one, under one mask (streams.py).
+
+Shapes: B rows, L positions of a row, S positions of what the model runs (L, or 2L with two streams); masks are (B or 1, 1, S, S),
+query before key.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import torch
 
 from dlmconvert.diffusion.randomness import ATTENTION_PAIR, counter_uniform
 
-PATTERNS = ("bidirectional", "causal")
+ONE_STREAM = ("bidirectional", "causal")
+TWO_STREAMS = ("block_causal", "context_causal", "causal_in_block")
+PATTERNS = ONE_STREAM + TWO_STREAMS
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,10 @@ class AttentionContext:
         document of its own, so a padding query keeps itself as a key and softmax stays finite.
     look_ahead: the furthest key that a query sees lies so many positions ahead of it; None is no limit.
         The numbers are tensors of no dimension only inside a compiled kernel.
+    pattern: `bidirectional` covers all one-stream patterns, by its open_ratio; else a two-stream pattern, for which the fields above,
+        but segments_BL, mean nothing.
+    block_length: of a two-stream pattern. blocks_BL: block number of each position, counted from the start of its document; None
+        counts from the start of the row. length: L, where the clean copy begins.
     """
 
     open_ratio: float | torch.Tensor = 1.0
@@ -34,6 +44,14 @@ class AttentionContext:
     step: int | torch.Tensor = 0
     segments_BL: torch.Tensor | None = None
     look_ahead: int | torch.Tensor | None = None
+    pattern: str = "bidirectional"
+    block_length: int | torch.Tensor | None = None
+    blocks_BL: torch.Tensor | None = None
+    length: int | None = None
+
+    @property
+    def has_two_streams(self) -> bool:
+        return self.pattern in TWO_STREAMS
 
 
 CAUSAL = AttentionContext(open_ratio=0.0)
@@ -58,16 +76,47 @@ def pair_open(query: torch.Tensor, key: torch.Tensor, context: AttentionContext)
 
 def allowed(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
     """bool: may position `query` of row `batch` see position `key`? The arguments broadcast."""
+    if context.has_two_streams:
+        return _allowed_two_streams(batch, query, key, context)
     result = pair_open(query, key, context)
     if context.segments_BL is not None:
         result = result & (context.segments_BL[batch, query] == context.segments_BL[batch, key])
     return result
 
 
+def _allowed_two_streams(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    """[x_t | x_0]: a noised position sees its own noised block and the clean blocks before it, a clean one sees clean ones only.
+
+                    block_causal        context_causal      causal_in_block
+    noised, noised  b(q) = b(k)         b(q) = b(k)         b(q) = b(k) and k <= q
+    noised, clean   b(k) < b(q)         b(k) < b(q)         b(k) < b(q)
+    clean, clean    b(k) <= b(q)        k <= q              k <= q
+    clean, noised   never               never               never
+
+    (BD3-LM, arXiv 2503.09573; NBDiff, arXiv 2512.06776; I-DLM, arXiv 2604.11035.) Clean states so never depend on noise, and a
+    noised block depends on its own noised tokens and on clean blocks before it: all blocks are trained in one forward.
+    """
+    length = context.length
+    is_clean_q, is_clean_k = query >= length, key >= length
+    q, k = query % length, key % length
+    if context.blocks_BL is None:
+        block_q, block_k = q // context.block_length, k // context.block_length
+    else:
+        block_q, block_k = context.blocks_BL[batch, q], context.blocks_BL[batch, k]
+    in_block = block_q == block_k
+    if context.pattern == "causal_in_block":
+        in_block = in_block & (k <= q)
+    in_clean = (block_k <= block_q) if context.pattern == "block_causal" else (k <= q)
+    result = (~is_clean_q & ~is_clean_k & in_block) | (~is_clean_q & is_clean_k & (block_k < block_q)) | (is_clean_q & is_clean_k & in_clean)
+    if context.segments_BL is not None:
+        result = result & (context.segments_BL[batch, q] == context.segments_BL[batch, k])
+    return result
+
+
 def allowed_matrix(length: int, context: AttentionContext, device: torch.device | str = "cpu") -> torch.Tensor:
     """The predicate on the index grid: bool (B or 1, 1, L, L)."""
     positions_L = torch.arange(length, device=device)
-    rows = 1 if context.segments_BL is None else context.segments_BL.shape[0]
+    rows = _num_rows(context) or 1
     batch_B = torch.arange(rows, device=device)
     matrix_BLL = allowed(batch_B[:, None, None], positions_L[None, :, None], positions_L[None, None, :], context)
     return matrix_BLL.expand(rows, length, length)[:, None]
@@ -90,7 +139,7 @@ def realise(
     dtype: of the hidden states. A dense mask is boolean for sdpa and additive (0 / lowest finite number) for all others:
     eager adds the mask to the scores, where a boolean one would silently do nothing.
     """
-    if context.segments_BL is None and (context.open_ratio == 0.0 or (context.open_ratio == 1.0 and context.look_ahead is None)):
+    if context.segments_BL is None and not context.has_two_streams and (context.open_ratio == 0.0 or (context.open_ratio == 1.0 and context.look_ahead is None)):
         return RealisedAttention(mask=None, is_causal=context.open_ratio == 0.0)
     if implementation == "flex_attention":
         return RealisedAttention(mask=_block_mask(context, length, device), is_causal=False)
@@ -98,6 +147,12 @@ def realise(
     if implementation != "sdpa":
         matrix = additive(matrix, dtype)
     return RealisedAttention(mask=matrix, is_causal=False)
+
+
+def _num_rows(context: AttentionContext) -> int | None:
+    """Rows of the mask; None where all rows have the same one."""
+    per_row = context.segments_BL if context.segments_BL is not None else context.blocks_BL
+    return None if per_row is None else per_row.shape[0]
 
 
 def additive(allowed_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -109,7 +164,7 @@ def additive(allowed_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _block_mask(context: AttentionContext, length: int, device: torch.device | str):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    rows = None if context.segments_BL is None else context.segments_BL.shape[0]
+    rows = _num_rows(context)
     # Tensors in place of numbers: the kernel is compiled once, not once a step.
     traced = replace(
         context,
@@ -117,6 +172,7 @@ def _block_mask(context: AttentionContext, length: int, device: torch.device | s
         seed=torch.tensor(context.seed, device=device),
         step=torch.tensor(context.step, device=device),
         look_ahead=None if context.look_ahead is None else torch.tensor(context.look_ahead, device=device),
+        block_length=None if context.block_length is None else torch.tensor(context.block_length, device=device),
     )
 
     def mask_mod(batch, head, query, key):

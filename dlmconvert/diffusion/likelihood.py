@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from dlmconvert.diffusion.corruption import smallest_draws
+from dlmconvert.diffusion.corruption import count_in_groups, smallest_draws
 from dlmconvert.diffusion.objective import cross_entropy
 from dlmconvert.diffusion.randomness import LIKELIHOOD, counter_uniform
 
@@ -60,6 +60,46 @@ def nelbo_draw(
     x_t_BL = x_0_BL.masked_fill(masked_BL, mask_token_id)
     logits_NV = predict(x_t_BL, masked_BL, positions_BL, segments_BL)
     return _row_sums(cross_entropy(logits_NV, x_0_BL[masked_BL]), masked_BL) * num_targets_B / counts_B.clamp(min=1)
+
+
+def block_nelbo_draw(
+    predict: Callable[..., torch.Tensor],
+    x_0_BL: torch.Tensor,
+    targets_BL: torch.Tensor,
+    starts_BL: torch.Tensor,
+    blocks_BL: torch.Tensor,
+    row_keys_B: torch.Tensor,
+    mask_token_id: int,
+    *,
+    draw: int,
+    num_draws: int,
+    seed: int,
+    positions_BL: torch.Tensor,
+    segments_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One draw of the block model's bound, all blocks in one two-stream forward: nats_B.
+
+    sum_b NELBO(block b | clean blocks before it), each by exact counts as in `nelbo_draw`, with a count and a subset of its own (BD3-LM,
+    arXiv 2503.09573, Eq. 6-7). starts_BL: targets that the clean copy predicts, exactly (streams.py). blocks_BL: 0 .. G - 1 along the row.
+    predict(x_t_BL, x_0_BL, masked_BL, starts_BL, positions_BL, segments_BL) -> logits in the order of [masked | starts].
+    """
+    num_groups = int(blocks_BL.max()) + 1
+    maskable_BL = targets_BL & ~starts_BL
+    num_targets_BG = count_in_groups(maskable_BL, blocks_BL, num_groups)
+    groups_1G = torch.arange(num_groups, device=x_0_BL.device)[None]
+    u_BG = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, -2 - groups_1G)
+    # The blocks of a row walk through the strata out of step, so that each draw has all counts somewhere.
+    stratum_BG = (draw + groups_1G) % num_draws
+    counts_BG = torch.minimum((num_targets_BG * (stratum_BG + u_BG) / num_draws).floor().long() + 1, num_targets_BG)
+    positions_L = torch.arange(x_0_BL.shape[1], device=x_0_BL.device)
+    u_BL = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, positions_L[None])
+    masked_BL = smallest_draws(maskable_BL, counts_BG, u_BL, blocks_BL)
+    logits_NV = predict(x_0_BL.masked_fill(masked_BL, mask_token_id), x_0_BL, masked_BL, starts_BL, positions_BL, segments_BL)
+    chosen_BS = torch.cat([masked_BL, starts_BL], dim=1)
+    weight_BL = (num_targets_BG / counts_BG.clamp(min=1)).gather(1, blocks_BL)
+    weight_BS = torch.cat([weight_BL, torch.ones_like(weight_BL)], dim=1)
+    ce_N = cross_entropy(logits_NV, torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS])
+    return _row_sums(ce_N * weight_BS[chosen_BS].to(ce_N.dtype), chosen_BS)
 
 
 def ar_nll(

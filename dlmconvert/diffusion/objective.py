@@ -16,21 +16,22 @@ def cross_entropy(logits_NV: torch.Tensor, x_0_N: torch.Tensor) -> torch.Tensor:
 
 
 def token_weights(
-    t_B: torch.Tensor, masked_BL: torch.Tensor, weight: str, segments_BL: torch.Tensor | None = None, cart_p: float = 0.1
+    t_BL: torch.Tensor, masked_BL: torch.Tensor, weight: str, segments_BL: torch.Tensor | None = None, cart_p: float = 0.1
 ) -> torch.Tensor:
     """w_N of each masked token.
 
+    t_BL: the noise level that each token was masked at.
     `elbo`: -alpha'_t / (1 - alpha_t) = 1/t for the linear schedule (MDLM, arXiv 2406.07524; DiffuLLaMA, arXiv 2410.17891).
     `unweighted`: 1.
     `cart`: by how near the clean context is, see `cart_weights` (Dream, arXiv 2508.15487).
     segments_BL, cart_p: for `cart` only.
     """
     if weight == "unweighted":
-        return torch.ones(int(masked_BL.sum()), dtype=t_B.dtype, device=masked_BL.device)
+        return torch.ones(int(masked_BL.sum()), dtype=t_BL.dtype, device=masked_BL.device)
     if weight == "cart":
-        return cart_weights(masked_BL, cart_p, segments_BL)[masked_BL].to(t_B.dtype)
+        return cart_weights(masked_BL, cart_p, segments_BL)[masked_BL].to(t_BL.dtype)
     assert weight == "elbo", weight
-    return (1 / t_B)[:, None].expand(masked_BL.shape)[masked_BL]
+    return 1 / t_BL[masked_BL]
 
 
 def cart_weights(masked_BL: torch.Tensor, p: float, segments_BL: torch.Tensor | None = None) -> torch.Tensor:

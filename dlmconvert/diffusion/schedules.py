@@ -67,8 +67,22 @@ def attention_at(step: int, *, anneal: str, anneal_steps: int, length: int, seed
     return AttentionContext(open_ratio=1.0, seed=seed, step=step, look_ahead=None if width >= length - 1 else width)
 
 
+def block_length_at(step: int, stages: tuple[tuple[int, int], ...]) -> int:
+    """Block length at optimizer step `step` (from 0). stages: (first step, block length), ascending, the first at 0."""
+    return [length for first, length in stages if first <= step][-1]
+
+
 def open_share(context: AttentionContext, length: int) -> float:
-    """Share of the future pairs of one document of `length` that the context opens (of drawn pairs: on average)."""
+    """Share of the future pairs of one document of `length` that the context opens (of drawn pairs: on average).
+
+    Of a block pattern: of the noised copy's pairs within its block, out of all future pairs.
+    """
+    if context.has_two_streams:
+        if context.pattern == "causal_in_block" or length < 2:
+            return 0.0
+        whole, rest = divmod(length, min(int(context.block_length), length))
+        size = min(int(context.block_length), length)
+        return (whole * size * (size - 1) + rest * (rest - 1)) / (length * (length - 1))
     if context.look_ahead is None or length < 2:
         return float(context.open_ratio)
     width = min(int(context.look_ahead), length - 1)

@@ -16,7 +16,9 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.data.loader import positions
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.likelihood import ar_nll, mean_and_standard_error, nelbo_draw
+from dlmconvert.diffusion.attention import TWO_STREAMS
+from dlmconvert.diffusion.likelihood import ar_nll, block_nelbo_draw, mean_and_standard_error, nelbo_draw
+from dlmconvert.diffusion.streams import block_starts
 
 
 class RowSource(Protocol):
@@ -57,7 +59,7 @@ def measure_likelihood(
     seed: int,
     advance: Callable[[int], None] = lambda forwards: None,
 ) -> Likelihood:
-    """NELBO of a diffusion model, or NLL when the denoiser's spec says `causal`.
+    """NELBO of a diffusion model (of a block model: block after block, given the clean ones before), or NLL when its spec says `causal`.
 
     The rows are the first `num_rows` (all when there are fewer), the noise is keyed by row and draw: fixed across models and
     checkpoints, independent of `batch`. Position 0 is never scored, under either kind, so that both speak of the same tokens.
@@ -84,6 +86,17 @@ def measure_likelihood(
             if causal:
                 nats_B = ar_nll(denoiser.predict, x_0_BL, targets_BL, positions_BL, segments_BL)
                 advance(len(indices))
+            elif denoiser.spec.attention in TWO_STREAMS:
+                starts_BL = block_starts(positions_BL, denoiser.spec.block_length)
+                blocks_BL = starts_BL.cumsum(1) - 1
+                read_clean_BL = targets_BL & starts_BL if denoiser.alignment == "shift" else torch.zeros_like(targets_BL)
+                nats_B = torch.zeros(len(indices), dtype=torch.float64)
+                for draw in range(draws):
+                    nats_B += block_nelbo_draw(
+                        denoiser.predict_blocks, x_0_BL, targets_BL, read_clean_BL, blocks_BL, keys_B, denoiser.mask_token_id,
+                        draw=draw, num_draws=draws, seed=seed, positions_BL=positions_BL, segments_BL=segments_BL,
+                    ).cpu().double() / draws  # fmt: skip
+                    advance(len(indices))
             else:
                 nats_B = torch.zeros(len(indices), dtype=torch.float64)
                 for draw in range(draws):

@@ -14,6 +14,7 @@ import yaml
 
 from dlmconvert import __version__
 from dlmconvert.backbone.spec import DlmSpec
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.exporting.profiles.profile import SourceFamily
 
 LOCAL_PATH = re.compile(r"^(/[^/\s<>{}|]+/|~/|[A-Za-z]:\\)")
@@ -58,7 +59,7 @@ def model_card(
         _front_matter(facts),
         f"# {facts.name}",
         f"A masked diffusion language model, converted from the autoregressive model {_source(facts)} with dlmconvert {__version__} "
-        f"(method `{spec.method}`). It fills masked tokens, seeing both sides of them, in any order and several at a time.",
+        f"(method `{spec.method}`). It fills masked tokens, {_view(spec)}, in any order and several at a time.",
         _warnings(spec),
         "## Use",
         _usage(facts, spec, generation),
@@ -99,8 +100,7 @@ def _source(facts: CardFacts) -> str:
 
 def _warnings(spec: DlmSpec) -> str:
     lines = [
-        "- **Not an autoregressive model.** Its attention sees both sides, so next-token decoding gives nonsense; `generate()` refuses. "
-        "Load it with `trust_remote_code=True` (transformers 5.22 or newer).",
+        f"- **Not an autoregressive model.** {_attention_warning(spec)} Load it with `trust_remote_code=True` (transformers 5.22 or newer).",
         "- Its likelihood is a **bound**: a NELBO is an upper bound of the negative log-likelihood, estimated by sampling masks. "
         "It is not directly comparable with an autoregressive NLL, which is exact.",
     ]
@@ -111,8 +111,22 @@ def _warnings(spec: DlmSpec) -> str:
     return "\n".join(lines)
 
 
+_PREDICT = "`model.predict(tokens)` gives the prediction of each masked token, aligned."
+
+
+def _view(spec: DlmSpec) -> str:
+    return "block after block" if spec.attention in BLOCK_PATTERNS else "seeing both sides of them"
+
+
+def _attention_warning(spec: DlmSpec) -> str:
+    if spec.attention in BLOCK_PATTERNS:
+        return f"It fills blocks of {spec.block_length} tokens from left to right, each seeing the text before it and itself; `generate()` refuses."
+    return "Its attention sees both sides, so next-token decoding gives nonsense; `generate()` refuses."
+
+
 def _usage(facts: CardFacts, spec: DlmSpec, generation: dict[str, Any]) -> str:
     before, after = facts.example
+    is_block = spec.attention in BLOCK_PATTERNS
     defaults = ", ".join(f"{name}={generation[name]!r}" for name in ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg") if name in generation)
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,20 +140,19 @@ prompt = tokenizer({before!r}, return_tensors="pt")
 tokens = model.diffusion_generate(**prompt, seed=0)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
-# fill a gap of 16 tokens, seeing both sides
-print(model.infill({f"{before}[[MASK:16]] {after}"!r}, tokenizer=tokenizer, seed=0))
+# {"fill a gap of 16 tokens at the end (nothing right of a block is ever seen)" if is_block else "fill a gap of 16 tokens, seeing both sides"}
+print(model.infill({f"{before}[[MASK:16]]" + ("" if is_block else f" {after}")!r}, tokenizer=tokenizer, seed=0))
 ```
 
 Defaults (generation_config.json): {defaults or "those of the sampler"}. `alg` is the order in which positions are filled: `origin` (random), `maskgit_plus`
-(confidence), `topk_margin`, `entropy`. Fewer `steps` fill more tokens at once: faster, and worse. `model.predict(tokens)` gives the
-prediction of each masked token, aligned."""
+(confidence), `topk_margin`, `entropy`. Fewer `steps` fill more tokens at once: faster, and worse. {"" if is_block else _PREDICT}"""
 
 
 def _axes(spec: DlmSpec, family: SourceFamily) -> str:
     alignment = {"shift": "hidden state i-1 predicts token i (`shift`)", "in_place": "hidden state i predicts token i (`in_place`)"}
     rows = [
         ("source family", f"`{family.model_type}` (weights under the source's own tensor names)"),
-        ("attention", f"`{spec.attention}`"),
+        ("attention", f"`{spec.attention}`" + (f", blocks of {spec.block_length}" if spec.block_length else "")),
         ("alignment", alignment.get(spec.alignment, spec.alignment)),
         ("corruption", f"`{spec.corruption}`, mask token {spec.mask_token_id}"),
         ("objective", f"`{spec.objective}`"),

@@ -1,7 +1,7 @@
 """The files of this package that an export carries, flattened into one folder.
 
 transformers' loader copies a model folder's code by following `from .name import x`, in one folder only; so every import of
-`dlmconvert.<room>.<name>` becomes `.name`, and a check makes sure that nothing but torch and the standard library is left.
+`dlmconvert.<room>.<name>` becomes `.name`, and a check makes sure that nothing but torch, transformers and the standard library is left.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-ALLOWED = {"torch"} | set(sys.stdlib_module_names)
+ALLOWED = {"torch", "transformers"} | set(sys.stdlib_module_names)  # transformers runs the model anyhow
 
 
 def standalone_files(entry: str = "dlmconvert.exporting.standalone") -> dict[str, str]:

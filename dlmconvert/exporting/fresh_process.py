@@ -18,6 +18,14 @@ class _Absent:
         return None
 
 
+def predictions(model, state, is_block):
+    """The prediction of each wanted token; of a block model, the hidden states of clean text that are wanted."""
+    if not is_block:
+        return model.predict(state["tokens_BL"], state["wanted_BL"], state["positions_BL"], state["segments_BL"])
+    padding = None if state["segments_BL"] is None else (state["segments_BL"] == 0).long()
+    return model(input_ids=state["tokens_BL"], attention_mask=padding, position_ids=state["positions_BL"]).logits[state["wanted_BL"]]
+
+
 def answer(folder, questions):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +43,7 @@ def answer(folder, questions):
     with torch.no_grad():
         plain_BLV = model(input_ids=first["tokens_BL"]).logits
         changed_BLV = model(input_ids=changed_BL).logits
-        logits = [model.predict(s["tokens_BL"], s["wanted_BL"], s["positions_BL"], s["segments_BL"]) for s in questions["states"]]
+        logits = [predictions(model, state, questions["is_block"]) for state in questions["states"]]
         generated_BL = model.diffusion_generate(
             questions["prompts_BP"], questions["prompts_mask_BP"], max_new_tokens=questions["max_new_tokens"], **greedy
         )

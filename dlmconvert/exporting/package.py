@@ -16,20 +16,25 @@ from dlmconvert import __version__
 from dlmconvert.backbone.load import load_config, load_tokenizer
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.exporting.card import CardFacts, model_card, without_local_paths
 from dlmconvert.exporting.profiles import PROFILES, Profile, find_profile
 from dlmconvert.exporting.profiles.profile import SourceFamily, source_family
 from dlmconvert.exporting.verify import Tolerance, verify_export
 from dlmconvert.exporting.weights import SHARD_BYTES, TensorInfo, copy_tensors, find_tensor, tensor_table
+from dlmconvert.sampling.api import SAVED_OPTIONS
+from dlmconvert.sampling.budget import READING, check_budget
+from dlmconvert.sampling.order import ORDERS
 
 UNFINISHED = ".dlmconvert-unfinished"
-ALGORITHMS = {"random": "origin", "confidence": "maskgit_plus", "margin": "topk_margin", "entropy": "entropy"}
+# Dream's name of an order where it has one: readers of Dream's format know these.
+ALGORITHMS = {name: name for name in ORDERS} | {"random": "origin", "confidence": "maskgit_plus", "margin": "topk_margin"}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_SAMPLER_KEYS = ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "eps")
+_SAMPLER_KEYS = tuple(name for name in SAVED_OPTIONS if name not in ("alg", "eos_token_id", "pad_token_id"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def export_folder(
 ) -> ExportReport:
     """Write `model_folder` as `profile` into `target`, verify it in a fresh process, and rename it into place.
 
-    card: what the model card says. generation: sampler defaults (steps, max_new_tokens, temperature, top_p, top_k, eps and
+    card: what the model card says. generation: sampler defaults (max_new_tokens and names of sampling/api.py's SAVED_OPTIONS, and
     `order`, as in a recipe's `export`, or `alg`). progress: called with a sentence before each part of the work.
     Raises UserError: the target is not empty; the model cannot be written in this format; the export differs from the model.
     """
@@ -229,6 +234,14 @@ def generation_config(generation: dict[str, Any], spec: DlmSpec, tokenizer: Any,
         result["alg"] = ALGORITHMS.get(order, order)
         if result["alg"] not in ALGORITHMS.values():
             raise UserError(f"export.order={order!r} is no order", "valid: " + ", ".join(ALGORITHMS))
+    try:
+        check_budget(result.get("budget"), {name: result.get(name) for name in READING})
+    except ValueError as error:
+        raise UserError(f"the sampler's defaults contradict each other: {error}") from error
+    if any(result.get(name) is not None for name in READING):
+        result["alg"] = result.get("alg") or ("entropy" if "entropy_bound" in result else ALGORITHMS["confidence"])
+    if spec.attention in BLOCK_PATTERNS:
+        result.pop("steps", None)  # a fixed number may be too few for the blocks; without one a row takes what it needs
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = getattr(config, name, None)
         result[name] = own if own is not None else getattr(tokenizer, name)

@@ -1,7 +1,7 @@
 """What an exported model can do, as mixins over the source family's own classes.
 
 This file, and the files of `sampling/` and `diffusion/` that it imports, are copied into every export with code
-(`copying.py` flattens the imports), so what users run with `trust_remote_code=True` is what is tested here. torch only.
+(`copying.py` flattens the imports), so what users run with `trust_remote_code=True` is what is tested here. torch and transformers only.
 
 Shapes: B rows, L positions, N wanted tokens in row-major order, V rows of the output matrix.
 """
@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 
+from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store, realised_mask
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
-from dlmconvert.sampling.api import SAVED_OPTIONS, DiffusionOutput, diffusion_generate, infill, with_defaults
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, clean_seen
+from dlmconvert.sampling.api import DiffusionOutput, configured, diffusion_generate, infill
 from dlmconvert.sampling.text import encode_row, parse_gaps
 
 
 class BidirectionalMixin:
-    """Attention sees both sides: in the config (masks are made from it) and in every attention module (kernels read it)."""
+    """Attention as it was trained: both sides in the config (masks are made from it) and in every attention module (kernels read
+    it); of a block model, the mask of clean text."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         config.is_causal = False
@@ -30,12 +33,25 @@ class BidirectionalMixin:
             if isinstance(getattr(module, "is_causal", None), bool):
                 module.is_causal = False
 
+    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+        """As the source family's. For a block model that is given no mask of its own (none, or one of padding), every token sees
+        what it sees as clean text."""
+        section = self.config.dlm
+        masked = attention_mask is not None and attention_mask.ndim != 2
+        if section["attention"] in BLOCK_PATTERNS and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
+            real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = (real_BL.cumsum(1) - 1).clamp(min=0)
+            seen_BLL = clean_seen(kwargs["position_ids"].expand_as(input_ids), real_BL, section["attention"], section["block_length"])
+            attention_mask = realised_mask(self, seen_BLL)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
 
 class DiffusionMixin(BidirectionalMixin):
     """A causal-LM class as a masked diffusion language model. Alignment and mask come from `config.dlm`.
 
-    `model(input_ids).logits` is the plain bidirectional forward: row i is hidden state i, whatever the alignment. `predict` speaks
-    of tokens: it returns the prediction of token i.
+    `model(input_ids).logits` is the plain forward (bidirectional; of a block model, over clean text): row i is hidden state i,
+    whatever the alignment. `predict` speaks of tokens: it returns the prediction of token i.
     """
 
     @torch.no_grad()
@@ -52,6 +68,11 @@ class DiffusionMixin(BidirectionalMixin):
         belong together. Under `shift` nothing predicts the first token of a row: it must not be wanted.
         """
         section = self.config.dlm
+        if section["attention"] in BLOCK_PATTERNS:
+            raise NotImplementedError(
+                f"a block model ({section['attention']}, blocks of {section['block_length']}) predicts one block after clean text: call"
+                " diffusion_generate or infill; model(input_ids) is its forward over clean text"
+            )
         if wanted_BL is None:
             wanted_BL = tokens_BL == section["mask_token_id"]
         if positions_BL is None:
@@ -72,14 +93,25 @@ class DiffusionMixin(BidirectionalMixin):
             logits_to_keep=predicting_positions(wanted_BL, section["alignment"]),
         ).logits
 
-    def diffusion_generate(self, inputs: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+    def diffusion_generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: Any = None,
+        streamer: Any = None,
+        stopping_criteria: Any = None,
+        **kwargs: Any,
+    ):
         """Continue each prompt by denoising. Keywords of Dream's sampler: max_new_tokens, steps, temperature, top_p, top_k,
         alg (origin, maskgit_plus, topk_margin, entropy, left_to_right, first_hitting), alg_temp, seed, output_history,
         return_dict_in_generate and the two hooks. How many tokens a step commits: steps, or threshold=, factor=, entropy_bound=
-        (at most one; they look at how sure the model is) or budget=. And block_length=, repetition_penalty=, cfg_scale=.
+        (at most one; they look at how sure the model is) or budget=. And block_length=, cache= (none, prefix, dual; block for block
+        models), revision=, initial_length=, draft_length=, repetition_penalty=, cfg_scale=.
         `Options` in api.py explains them all; what is left out comes from generation_config.json. After the first end token there
         is padding, and a row that has reached it costs no more forwards (eos_token_id=None: everything is filled and stays).
 
+        As in transformers' generate: generation_config, a GenerationConfig whose settings stand between the call's and those of
+        generation_config.json; streamer, for one prompt, fed as the text settles from the left; stopping_criteria, a list.
         inputs: token ids (B, L); `input_ids=` is accepted as well, so `diffusion_generate(**tokenizer(...))` works.
         """
         input_ids = kwargs.pop("input_ids", None)
@@ -87,9 +119,10 @@ class DiffusionMixin(BidirectionalMixin):
         inputs = input_ids if inputs is None else inputs
         if inputs is None:
             raise ValueError("diffusion_generate needs `inputs`: token ids of shape (rows, length)")
-        return diffusion_generate(_Predictor(self), inputs, attention_mask, **with_defaults(kwargs, self._sampler_defaults()))
+        options = configured("diffusion_generate", kwargs, generation_config, self.generation_config)
+        return diffusion_generate(_Predictor(self), inputs, attention_mask, streamer=streamer, stopping_criteria=stopping_criteria, **options)
 
-    def infill(self, rows: Any, tokenizer: Any = None, **kwargs: Any):
+    def infill(self, rows: Any, tokenizer: Any = None, generation_config: Any = None, **kwargs: Any):
         """Fill gaps, seeing both sides.
 
         rows: token rows, lists of ids with None where a token is wanted; or a text or a list of texts with gaps such as
@@ -101,9 +134,9 @@ class DiffusionMixin(BidirectionalMixin):
         if as_text and tokenizer is None:
             raise ValueError("infilling a text needs the tokenizer: model.infill(text, tokenizer=tokenizer)")
         encoded = [encode_row(tokenizer, parse_gaps(text)) for text in texts] if as_text else [(row, 0) for row in texts]
-        defaults = self._sampler_defaults()
-        defaults.pop("max_new_tokens", None)
-        filled = infill(_Predictor(self), [row for row, _ in encoded], **with_defaults(kwargs, defaults))
+        options = configured("infill", kwargs, generation_config, self.generation_config)
+        options.pop("max_new_tokens", None)
+        filled = infill(_Predictor(self), [row for row, _ in encoded], **options)
         if not as_text:
             return filled
         output = filled if isinstance(filled, DiffusionOutput) else None
@@ -129,19 +162,24 @@ class DiffusionMixin(BidirectionalMixin):
     def loss_function(self, value):
         self._loss_function = value
 
-    def _sampler_defaults(self) -> dict[str, Any]:
-        config = getattr(self, "generation_config", None)
-        values = {name: getattr(config, name, None) for name in SAVED_OPTIONS}
-        return {name: value for name, value in values.items() if value is not None}
-
 
 class _Predictor:
     """The model as the sampler sees it."""
 
     def __init__(self, model: Any):
         section = model.config.dlm
+        self.model = model
         self.predict = model.predict
         self.mask_token_id = section["mask_token_id"]
         self.vocab_size = section["vocab_size"]
         self.alignment = section["alignment"]
+        self.attention = section["attention"]
+        self.block_length = section.get("block_length")
+        self.corruption = section.get("corruption", "masking")
         self.device = model.device
+
+    def new_store(self, num_rows: int, num_columns: int) -> KeyValueStore:
+        return new_store(self.model, num_rows, num_columns)
+
+    def forward_columns(self, *args: Any) -> torch.Tensor:
+        return forward_columns(self.model, *args)

@@ -31,6 +31,8 @@ class Architecture:
     feed_forward: active width (of all experts that a token goes through). experts_per_token: 0 for a dense model. attention_readers, feed_forward_readers: linear layers
     that read one norm's output (3 for separate q, k, v; 1 when fused). wide_norms: norms over the hidden state in a layer.
     active_matrix_parameters: of the linear layers that a token goes through, head and embedding left out.
+    flops_per_token, flops_per_position, flops_per_target: forward and backward (training/throughput.py), of a token in the linear layers, of
+    a token and each position that it attends to, and of a token that goes through the output matrix.
     """
 
     family: str
@@ -57,9 +59,16 @@ class Architecture:
     num_linears: int
     matrix_parameters: int
     active_matrix_parameters: int
+    norms_trained: bool
+    head_trained: bool
+    has_plain_head: bool
     embedding_trained: bool
+    largest_parameter: int
     lora_rank: int
     attention_implementation: str
+    flops_per_token: float
+    flops_per_position: float
+    flops_per_target: float
 
 
 def find_config(source: Any, hub_timeout: float = 3.0) -> tuple[Any, str]:
@@ -112,16 +121,21 @@ def _looks_like_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
-def describe(config: Any, *, lora: Any = None, extra_rows: int = 0, mask_token_id: int | None = None, trust_remote_code: bool = False) -> Architecture:
-    """Build the model on the meta device and read its shapes.
+def describe(
+    config: Any, *, lora: Any = None, rates: dict[str, float] | None = None, extra_rows: int = 0, mask_token_id: int | None = None, trust_remote_code: bool = False
+) -> Architecture:  # fmt: skip
+    """Build the model on the meta device, as a run would train it, and read its shapes.
 
-    lora: the recipe's `lora` section, attached by peft itself so that the count is exact. extra_rows: embedding rows that the mask
-    token adds. mask_token_id: a row trained beside the adapters. Raises UserError for a family that has no causal language model.
+    lora: the recipe's `lora` section, attached by peft itself so that the count is exact. rates: the recipe's `rates`; kinds of
+    parameters at 0 are frozen. extra_rows: embedding rows that the mask token adds. mask_token_id: a row trained beside the adapters.
+    Raises UserError for a family that has no causal language model, and for rates that cannot be had.
     """
     import copy
 
     import torch
     from transformers import AutoModelForCausalLM
+
+    from dlmconvert.training.optimizer import freeze
 
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -132,15 +146,39 @@ def describe(config: Any, *, lora: Any = None, extra_rows: int = 0, mask_token_i
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{config.model_type}: no causal language model can be built", str(error).splitlines()[0][:300], "") from error
         plain = _read_shapes(model, text)
-        if lora is None:
-            return plain
-        from dlmconvert.backbone.adapters import attach_lora
+        trained: Any = model
+        if lora is not None:
+            from dlmconvert.backbone.adapters import attach_lora
 
-        model = attach_lora(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, mask_token_id=mask_token_id, seed=0
-        )
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return replace(plain, num_trainable=adapters, num_parameters=plain.num_parameters + adapters, embedding_trained=False, lora_rank=lora.rank)
+            trained = attach_lora(
+                model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, mask_token_id=mask_token_id, seed=0
+            )
+        freeze(trained, rates or {})
+    return _with_trained(plain, trained, lora.rank if lora is not None else 0)
+
+
+def _with_trained(plain: Architecture, model: Any, lora_rank: int) -> Architecture:
+    """The shapes of a model with what is trained of it: everything, some kinds of parameters, or adapters."""
+    from dlmconvert.training.optimizer import parameter_kinds
+    from dlmconvert.training.throughput import model_flops
+
+    kinds = parameter_kinds(model)
+    # A trained row of a mask token lies beside the embedding, which itself stays frozen.
+    found = {kinds[name] for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens" not in name}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    without, with_one = model_flops(model, 0), model_flops(model, 1)
+    return replace(
+        plain,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trainable=trained,
+        norms_trained="norm" in found,
+        head_trained="head" in found or (plain.is_tied and "embeddings" in found),
+        embedding_trained="embeddings" in found,
+        lora_rank=lora_rank,
+        flops_per_token=without.per_token,
+        flops_per_position=with_one.per_token - without.per_token,
+        flops_per_target=without.per_target,
+    )
 
 
 def _read_shapes(model: Any, text: Any) -> Architecture:
@@ -193,10 +231,25 @@ def _read_shapes(model: Any, text: Any) -> Architecture:
         num_linears=len(linears),
         matrix_parameters=matrices + head_size,
         active_matrix_parameters=active,
+        norms_trained=True,
+        head_trained=True,
+        has_plain_head=_has_plain_head(head, text),
         embedding_trained=True,
+        largest_parameter=max(p.numel() for p in parameters),
         lora_rank=0,
         attention_implementation=getattr(model.config, "_attn_implementation", None) or "eager",
+        flops_per_token=0.0,
+        flops_per_position=0.0,
+        flops_per_target=0.0,
     )
+
+
+def _has_plain_head(head: Any, text: Any) -> bool:
+    """What backbone/head.py finds out with a forward pass, which the meta device has none of: logits are W h + b and nothing else."""
+    from torch import nn
+
+    scaled = any(getattr(text, name, None) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"))
+    return type(head) is nn.Linear and not scaled
 
 
 def _layers(model: Any, num_layers: int) -> list[Any]:

@@ -2,48 +2,66 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from dataclasses import dataclass
 
 from dlmconvert.planning.architecture import Architecture
 
-# Share of a large matrix product's speed that a whole training step reaches: attention, norms, the loss and the optimizer are slower.
-# Measured side by side on one busy core: 0.3 to 0.75 (GPT-2 small and a Llama of 3M; fp32 about 0.6, bf16 about 0.4).
+# Share of a large matrix product's speed that a whole training step reaches on the CPU: attention, norms, the loss and the optimizer are
+# slower. Measured side by side on one busy core: 0.3 to 0.75 (GPT-2 small and a Llama of 3M; fp32 about 0.6, bf16 about 0.4).
 STEP_EFFICIENCY = 0.5
-MASKED_SHARE = 0.5  # E[t] of uniform noise levels: the share of the tokens that goes through the output matrix
+# Of a GPU's dense peak, counting recomputed activations as work. Published dense training lies between 0.3 and 0.55 (PaLM 540B 0.46,
+# arXiv 2204.02311; Megatron-LM 0.44 to 0.52, arXiv 2104.04473); networks between nodes, short rows and small models lie below.
+GPU_EFFICIENCY = 0.4
+MASKED_SHARE = 0.5  # E[t] of uniform noise levels
 
 
-def flops_per_token(shape: Architecture, row_length: int, *, causal: bool = False, gradient_checkpointing: bool = False) -> float:
-    """Floating-point operations a training token.
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations. model: what the model needs (the numerator of MFU). recomputed: once more under checkpointing."""
 
-    6 N (2 forward, 4 backward; arXiv 2001.08361) for the N matrix elements that it goes through, + 12 L q a layer for attention to
-    all L positions (half under the AR objective), + 6 V d for the output matrix, times the share of masked tokens. Checkpointing
-    repeats the forward of the layers: 8 in place of 6. Frozen matrices (LoRA) get no gradient of their own: 4 in place of 6.
+    model: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.model + self.recomputed
+
+
+def row_work(shape: Architecture, row_length: int, *, causal: bool = False, streams: int = 1, target_share: float = MASKED_SHARE, gradient_checkpointing: bool = False) -> Work:
+    """Of one row of L = row_length tokens, forward and backward.
+
+    model = s L w + p L^2 + m L h, where w, p, h are `flops_per_token`, `flops_per_position`, `flops_per_target` of training/throughput.py
+    (6 a matrix element, arXiv 2001.08361; 4 where it is frozen; 12 q a layer and pair; 6 V d), s = streams, m = target_share, of the
+    tokens the share that goes through the output matrix: E[t], or 1 under the AR objective, which needs half of the pairs. A row of two streams has about L^2 allowed pairs
+    (a block-sparse kernel computes those only; a dense one four times as many). recomputed = 2 s L N + p L^2 / 3: one more forward of the
+    N matrix elements of the layers.
     """
-    frozen = 0.0 if shape.embedding_trained else 2.0
-    again = 2.0 if gradient_checkpointing else 0.0
-    layers = (6 - frozen + again) * shape.active_matrix_parameters
-    if not shape.embedding_trained:
-        layers += (6 + again) * shape.num_trainable
-    attention = (12 + 2 * again) * shape.num_layers * row_length * shape.query * (0.5 if causal else 1.0)
-    head = (6 - frozen) * shape.vocab_size * shape.hidden * (1.0 if causal else MASKED_SHARE)
-    return layers + attention + head
+    pairs = shape.flops_per_position * row_length**2 * (0.5 if causal else 1.0)
+    model = streams * row_length * shape.flops_per_token + pairs + (1.0 if causal else target_share) * row_length * shape.flops_per_target
+    again = 2.0 * streams * row_length * shape.active_matrix_parameters + pairs / 3
+    return Work(model, again if gradient_checkpointing else 0.0)
 
 
-def measured_flops_per_second(device: str, precision: str, budget_s: float = 0.5) -> float:
-    """Speed of a matrix product on this machine's device, in FLOP/s. Takes less than a second."""
-    import torch
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s of one device in a training step. sustained: of all arithmetic. mfu: of the model's alone, where the user said so."""
 
-    size = 1024 if device == "cpu" else 4096
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    synchronise: Any = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
-    a @ a
-    synchronise()
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < budget_s:
-        begin = time.perf_counter()
-        a @ a
-        synchronise()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    sustained: float | None = None
+    useful: float | None = None
+    said: str = "unknown: give --gpu, or --tflops"
+
+    def seconds(self, work: Work, processes: int) -> float | None:
+        if self.useful is not None:
+            return work.model / (self.useful * processes)
+        return None if self.sustained is None else work.total / (self.sustained * processes)
+
+
+def assumed_speed(peak: float | None, where: str, efficiency: float, mfu: float | None, tflops: float | None) -> Speed:
+    """peak: FLOP/s of one device, None when unknown; where: what that number is. mfu, tflops: as the user gave them."""
+    if tflops is not None:
+        return Speed(sustained=tflops * 1e12, said=f"{tflops:.4g} TFLOP/s a device (as given)")
+    if peak is None:
+        return Speed()
+    if mfu is not None:
+        return Speed(useful=mfu * peak, said=f"MFU {mfu:g} (as given) of {where}")
+    return Speed(sustained=efficiency * peak, said=f"{efficiency:.0%} of {where}, assumed: MFU {efficiency:g}, a quarter less with gradient checkpointing")

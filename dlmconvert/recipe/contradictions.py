@@ -15,18 +15,20 @@ def method_contradictions(recipe: Recipe):
     yield from _annealing_contradictions(attention, recipe.train.steps)
     if attention.pattern == "causal" and corruption.kind != "none":
         yield "method.attention.pattern=causal is the AR objective: it needs method.corruption.kind=none (method.name=ar)"
-    if attention.pattern == "bidirectional" and corruption.kind == "none":
-        yield "method.corruption.kind=none shows the answer to a bidirectional model: it needs method.attention.pattern=causal"
+    yield from _block_contradictions(recipe)
+    if attention.pattern != "causal" and corruption.kind == "none":
+        yield f"method.corruption.kind=none shows the answer to a {attention.pattern} model: it needs method.attention.pattern=causal"
     if corruption.kind == "none" and recipe.method.alignment != "shift":
         yield "method.corruption.kind=none with method.alignment=in_place asks each token for itself: use alignment=shift"
     if corruption.kind == "none" and objective.weight == "elbo":
         yield "method.objective.weight=elbo weighs by noise level, and method.corruption.kind=none has none: use unweighted"
     if corruption.kind == "none" and objective.weight == "cart":
         yield "method.objective.weight=cart weighs masked tokens, and method.corruption.kind=none has none: use unweighted"
-    if corruption.kind == "none":
-        for name, default in (("band", None), ("count", "bernoulli"), ("views", "single")):
+    if corruption.kind in ("none", "all_masked"):
+        masks = "none" if corruption.kind == "none" else "all of them"
+        for name, default in (("band", None), ("count", "bernoulli"), ("views", "single"), ("levels_per", "row"), ("half_life", None)):
             if getattr(corruption, name) != default:
-                yield f"method.corruption.{name} says how tokens are masked, and method.corruption.kind=none masks none: leave it out"
+                yield f"method.corruption.{name} says how tokens are masked, and method.corruption.kind={corruption.kind} masks {masks}: leave it out"
     yield from _corruption_contradictions(corruption)
     if corruption.views == "complementary":
         for section, values in (("train", recipe.train), ("sft", recipe.sft)):
@@ -39,11 +41,69 @@ def method_contradictions(recipe: Recipe):
         )
 
 
+BLOCK_PATTERNS = ("block_causal", "context_causal", "causal_in_block")
+
+
+def _block_contradictions(recipe: Recipe):
+    attention, corruption, objective = recipe.method.attention, recipe.method.corruption, recipe.method.objective
+    is_block = attention.pattern in BLOCK_PATTERNS
+    blocks = " or ".join(BLOCK_PATTERNS)
+    if is_block and attention.block_length is None:
+        yield f"method.attention.pattern={attention.pattern} needs method.attention.block_length (4 to 32 are usual)"
+    if not is_block and attention.block_length is not None:
+        yield f"method.attention.block_length={attention.block_length} is for {blocks}, not for method.attention.pattern={attention.pattern}"
+    if is_block and attention.anneal in ("random", "window"):
+        yield f"method.attention.anneal={attention.anneal} opens a one-stream pattern: with {attention.pattern} use block_growth, warm_up_stable_decay or none"
+    if not is_block and attention.anneal in ("block_growth", "warm_up_stable_decay"):
+        yield f"method.attention.anneal={attention.anneal} changes the blocks of {blocks}: with {attention.pattern} use random, window or none"
+    if (attention.anneal == "warm_up_stable_decay") != (attention.decay_steps is not None):
+        yield "method.attention.decay_steps and anneal=warm_up_stable_decay belong together: set both, or neither"
+    elif attention.anneal == "warm_up_stable_decay" and attention.anneal_steps is not None:
+        steps = recipe.train.steps
+        up, down = (round(n * steps) if n < 1 else n for n in (attention.anneal_steps, attention.decay_steps))
+        if up + down > steps:
+            yield f"method.attention.anneal_steps and decay_steps are {up + down:g} steps together, more than train.steps={steps}"
+    stages = attention.block_stages
+    if stages is not None:
+        if attention.anneal != "block_growth":
+            yield "method.attention.block_stages needs method.attention.anneal=block_growth"
+        if not stages or stages[0][0] != 0 or any(b[0] <= a[0] for a, b in zip(stages, stages[1:], strict=False)):
+            yield f"method.attention.block_stages={stages} must begin at step 0 and go on to later steps, as in [[0, 1], [500, 4]]"
+        elif stages[-1][1] != attention.block_length:
+            yield f"method.attention.block_stages ends with blocks of {stages[-1][1]}, and method.attention.block_length is {attention.block_length}"
+        elif stages[-1][0] >= recipe.train.steps:
+            yield f"method.attention.block_stages begins its last stage at step {stages[-1][0]}, and train.steps={recipe.train.steps} ends before"
+    for name, default in (("levels_per", "row"), ("half_life", None)):
+        if not is_block and getattr(corruption, name) != default:
+            yield f"method.corruption.{name} speaks of blocks: it needs method.attention.pattern={blocks}"
+    if corruption.half_life is not None:
+        if corruption.count != "bernoulli" or corruption.views != "single":
+            yield "method.corruption.half_life draws its own number of masks: leave method.corruption.count and views out"
+        if objective.weight == "elbo":
+            yield "method.corruption.half_life masks some places more often than others, so 1/t makes no bound: use method.objective.weight=unweighted"
+    if corruption.kind == "all_masked":
+        if not is_block:
+            yield f"method.corruption.kind=all_masked leaves a {attention.pattern} model nothing to read: it needs {blocks}"
+        if objective.weight != "unweighted":
+            yield f"method.corruption.kind=all_masked has one noise level only: method.objective.weight={objective.weight} means nothing, use unweighted"
+    if is_block and objective.weight == "cart":
+        yield f"method.objective.weight=cart measures the distance to clean tokens of one stream: with {attention.pattern} use elbo or unweighted"
+    if objective.ar_weight > 0 and attention.pattern not in ("context_causal", "causal_in_block"):
+        why = "a clean token sees the rest of its block there, and so the answer" if attention.pattern == "block_causal" else "there is no clean copy"
+        yield f"method.objective.ar_weight needs method.attention.pattern=context_causal or causal_in_block, not {attention.pattern}: {why}"
+    if objective.ar_schedule != "fixed" and objective.ar_weight == 0:
+        yield f"method.objective.ar_schedule={objective.ar_schedule} needs method.objective.ar_weight"
+    if objective.ar_schedule == "annealed" and attention.anneal == "none":
+        yield "method.objective.ar_schedule=annealed follows method.attention.anneal: set anneal=block_growth, or ar_schedule=fixed"
+
+
 def _annealing_contradictions(attention: Attention, steps: int):
     anneal_steps = attention.anneal_steps
     if attention.anneal == "none":
         if anneal_steps is not None:
             yield "method.attention.anneal_steps is set but method.attention.anneal=none: set anneal=random, or leave anneal_steps out"
+        return
+    if anneal_steps is None and attention.block_stages is not None:
         return
     if anneal_steps is None:
         yield f"method.attention.anneal={attention.anneal} needs method.attention.anneal_steps (steps, or a fraction of train.steps)"

@@ -12,23 +12,33 @@ from dlmconvert.recipe.section import Section
 class Attention(Section):
     """Which positions may see which, and the path there from causal attention."""
 
-    pattern: Literal["bidirectional", "causal"] = "bidirectional"
-    """The pattern at the end of training."""
-    anneal: Literal["none", "random", "window"] = "none"
-    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row."""
+    pattern: Literal["bidirectional", "causal", "block_causal", "context_causal", "causal_in_block"] = "bidirectional"
+    """The pattern at the end of training. The last three train [noised | clean] copies of each row for decoding block after block: clean text sees whole blocks (`block_causal`, arXiv 2503.09573), or what is left of it (`context_causal`, arXiv 2512.06776), and so do the noised tokens among themselves (`causal_in_block`, arXiv 2604.11035)."""
+    block_length: Annotated[int, Field(gt=0)] | None = None
+    """Tokens in a block, of a block pattern: at the end of training, and in decoding."""
+    anneal: Literal["none", "random", "window", "block_growth", "warm_up_stable_decay"] = "none"
+    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row. Of block patterns: `block_growth`: blocks of 1, 2, 4, ... tokens (arXiv 2512.06776), `warm_up_stable_decay`: blocks grow fourfold to the whole row, stay, and shrink to `block_length` (arXiv 2512.15745)."""
     anneal_steps: Annotated[float, Field(gt=0)] | None = None
     """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
+    decay_steps: Annotated[float, Field(gt=0)] | None = None
+    """Of `warm_up_stable_decay`: the last so many steps, in which blocks shrink; below 1 a fraction."""
+    block_stages: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]]] | None = None
+    """Of `block_growth`: pairs [first step, block length] in place of doubling, from step 0 to `block_length`."""
 
 
 class Corruption(Section):
     """q(x_t given x_0)."""
 
-    kind: Literal["masking", "none"] = "masking"
-    """Each eligible token becomes the mask token with probability t; `none` leaves the row clean (the AR objective)."""
+    kind: Literal["masking", "all_masked", "none"] = "masking"
+    """Each eligible token becomes the mask token with probability t; all of them do (`all_masked`, for blocks that are drafted in one step); `none` leaves the row clean (the AR objective)."""
     eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
     """Lower end of the noise level t in [eps, 1]."""
     noise_levels: Literal["uniform", "stratified", "offset", "antithetic"] = "uniform"
     """One independent t a row, or spread over the global batch (lower variance, same mean): one a stratum, evenly spaced from one drawn `offset`, or rows 2j and 2j + 1 at opposite ends (`antithetic`)."""
+    levels_per: Literal["row", "block"] = "row"
+    """One noise level a row, or one a block of a block pattern, spread over all blocks of the global batch."""
+    half_life: Annotated[float, Field(gt=0)] | None = None
+    """Masks fall on later tokens of a block more often, at low noise twice as often every `half_life` block lengths (arXiv 2512.14067; no bound then)."""
     band: tuple[float, float] | None = None
     """[low, high] in place of [eps, 1], the weight kept (arXiv 2503.09573): no longer a bound. Validation uses the full range."""
     count: Literal["bernoulli", "at_least_one", "exact"] = "bernoulli"
@@ -44,6 +54,10 @@ class Objective(Section):
     """`elbo`: 1/t on masked tokens (arXiv 2406.07524); `unweighted`: 1; `cart`: by the distance to clean tokens (arXiv 2508.15487)."""
     cart_p: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Of `cart` only: 1 counts the two neighbours, smaller values look further."""
+    ar_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the next-token loss on the clean copy (`context_causal`, `causal_in_block`): keeps the autoregressive path."""
+    ar_schedule: Literal["fixed", "annealed", "balanced"] = "fixed"
+    """`annealed`: the weight falls to 0 while blocks grow (arXiv 2512.06776). `balanced`: times the ratio of the denoising loss to the next-token loss, of the step before (arXiv 2604.11035)."""
     normaliser: Literal["eligible", "masked", "masked_micro_batch"] = "eligible"
     """Divide the sum once by the global count of eligible tokens or of masked tokens, or, as DiffuLLaMA's code does, each micro-batch by its masked tokens."""
 
@@ -64,7 +78,54 @@ def anneal_steps_of(attention: Attention, steps: int) -> int:
     """Annealing steps as a whole number: 1 (open at once) without annealing, fractions resolved against `steps`."""
     if attention.anneal == "none":
         return 1
+    if attention.block_stages is not None:
+        return attention.block_stages[-1][0] + 1
     assert attention.anneal_steps is not None
-    if attention.anneal_steps < 1:
-        return max(1, round(attention.anneal_steps * steps))
-    return int(attention.anneal_steps)
+    return _whole_steps(attention.anneal_steps, steps)
+
+
+def block_stages_of(attention: Attention, steps: int, row_length: int, is_annealed: bool = True) -> tuple[tuple[int, int], ...]:
+    """(first step, block length) of each stage of a block pattern, ascending from step 0; empty for the others."""
+    length = attention.block_length
+    if length is None:
+        return ()
+    if not is_annealed or attention.anneal == "none":
+        return ((0, length),)
+    if attention.block_stages is not None:
+        return tuple((first, size) for first, size in attention.block_stages)
+    if attention.anneal == "block_growth":
+        return doubling_stages(length, anneal_steps_of(attention, steps))
+    assert attention.decay_steps is not None
+    return warm_up_stable_decay_stages(length, row_length, steps, anneal_steps_of(attention, steps), _whole_steps(attention.decay_steps, steps))
+
+
+def _whole_steps(value: float, steps: int) -> int:
+    return max(1, round(value * steps)) if value < 1 else int(value)
+
+
+def doubling_stages(block_length: int, anneal_steps: int) -> tuple[tuple[int, int], ...]:
+    """1, 2, 4, ... L': equally long stages, the last of which, L', begins at step `anneal_steps` - 1 (NBDiff, arXiv 2512.06776)."""
+    lengths = [1]
+    while lengths[-1] < block_length:
+        lengths.append(min(2 * lengths[-1], block_length))
+    growths = max(1, len(lengths) - 1)
+    stages = {i * (anneal_steps - 1) // growths: length for i, length in enumerate(lengths)}  # of stages without a step the last counts
+    return tuple(sorted(stages.items()))
+
+
+def warm_up_stable_decay_stages(
+    block_length: int, row_length: int, steps: int, anneal_steps: int, decay_steps: int
+) -> tuple[tuple[int, int], ...]:
+    """Blocks grow fourfold from 1 to the row over `anneal_steps`, stay, and halve to L' over the last `decay_steps` (LLaDA2.0, arXiv 2512.15745).
+
+    L' itself is reached in the middle of the decay, so that half of it trains the blocks that decoding will use.
+    """
+    up, down = [1], [row_length]
+    while up[-1] < row_length:
+        up.append(min(4 * up[-1], row_length))
+    while down[-1] > block_length:
+        down.append(max(-(-down[-1] // 2), block_length))
+    begin = steps - decay_steps
+    stages = {i * (anneal_steps - 1) // max(1, len(up) - 1): length for i, length in enumerate(up)}
+    stages |= {begin + i * (decay_steps // 2) // max(1, len(down) - 1): length for i, length in enumerate(down) if i}
+    return tuple(sorted(stages.items()))

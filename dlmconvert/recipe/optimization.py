@@ -68,6 +68,10 @@ class Optimization(Section):
     """Minutes between checkpoints, whichever comes first."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, json_schema_extra=SAFE)
     """Newest checkpoints that are kept."""
+    overlap_saving: bool | None = Field(default=None, json_schema_extra=SAFE)
+    """Copy what a checkpoint holds to host memory and write it while training goes on: as much more host memory as the weights and the optimizer (this process's part) take. Empty: on GPUs, unless the optimizer is offloaded."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = Field(default=3, json_schema_extra=SAFE)
+    """Steps in a row whose loss or gradient is not finite that are left out (no update) before the run stops."""
     log_steps: Positive = Field(default=10, json_schema_extra=SAFE)
     """Optimizer steps between lines of metrics.jsonl."""
     validate_steps: Positive | None = Field(default=None, json_schema_extra=SAFE)
@@ -80,10 +84,10 @@ class Engine(Section):
     name: Literal["single", "deepspeed"] = "single"
     """`single`: one device, no DeepSpeed. `deepspeed`: ZeRO, on one process or many (`--processes` switches to it)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: forward and backward in bfloat16, optimizer and master weights in float32 (single: autocast; deepspeed: bfloat16 copies of the weights)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16`: forward and backward in bfloat16, optimizer and master weights in float32 (single: autocast; deepspeed: bfloat16 copies of the weights). `fp16`: the same in float16 with dynamic loss scaling, for GPUs without bfloat16."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed deals to the processes: 0 nothing, 1 the optimizer, 2 gradients as well, 3 weights as well. bf16 with stage 0 runs as stage 1."""
+    """What DeepSpeed deals to the processes: 0 nothing, 1 the optimizer, 2 gradients as well, 3 weights as well. bf16 and fp16 with stage 0 run as stage 1."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where DeepSpeed keeps the optimizer when not on the GPU: `cpu` from stage 1 on, `nvme` under stage 3."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
@@ -94,6 +98,8 @@ class Engine(Section):
     """More keys for the DeepSpeed JSON, which is derived from the recipe; a key that contradicts the recipe is an error."""
     compile: bool = False
     """torch.compile the model's forward."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=SAFE)
+    """Highest TFLOP/s of one device in `precision`, for the model FLOP/s utilisation in metrics.jsonl. Empty: of known GPUs their dense number, else a matrix product is timed."""
     threads: Positive | None = Field(default=None, json_schema_extra=SAFE)
     """CPU threads. Empty: torch's own choice."""
 

@@ -158,6 +158,8 @@ class Run(Section):
 
     folder: str | None = Field(default=None, json_schema_extra=SAFE)
     """Run folder. Empty: `runs/<name>`."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], json_schema_extra=SAFE)
+    """Where the lines of metrics.jsonl go besides: `tensorboard`, `wandb` (pip install 'dlmconvert[trackers]')."""
 
 
 class Recipe(Section):

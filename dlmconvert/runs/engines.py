@@ -12,6 +12,7 @@ from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.stage import Reporter
 from dlmconvert.training.deepspeed_config import derived_config, effective_stage, merged_config
 from dlmconvert.training.ranks import shares
+from dlmconvert.training.trackers import check_trackers
 
 SECTIONS = {"pretrain": "pretrain", "adapt": "train", "sft": "sft"}  # stage: section of the recipe
 
@@ -37,6 +38,7 @@ def engine_config(engine: Engine, settings: Optimization, num_ranks: int, stage:
 def check_engine(recipe: Recipe, stages: Iterable[str], num_ranks: int, reporter: Reporter) -> None:
     """Raise UserError when these stages cannot be trained as asked; warn of settings that are ignored."""
     engine = recipe.engine
+    check_trackers(recipe.run.trackers)
     stages = [stage for stage in stages if stage in SECTIONS]
     if engine.name == "single":
         fields = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme", "deepspeed")

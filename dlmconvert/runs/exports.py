@@ -43,7 +43,7 @@ def export_run(run: RunFolder, recipe: Recipe, reporter: Reporter, to: str | Non
 
 
 def _export_checkpoint(context: StageContext, checkpoint: str, target: Path) -> None:
-    from dlmconvert.runs.training import consolidate
+    from dlmconvert.runs.models import consolidate
 
     run, recipe = context.run, context.recipe
     stage = recipe.export.stage or ("sft" if run.stage_state("sft") else "adapt")

@@ -1,7 +1,5 @@
-"""Several processes for one run: starting them on this machine, watching them, and what the ranks beside the first do.
-
-Rank 0 runs the stages as ever and speaks; the others wait until it calls them to train. One failure becomes one message.
-"""
+"""Several processes for one run: starting those of this machine (and one command on each other machine), watching them, and one
+message for whatever becomes of them."""
 
 from __future__ import annotations
 
@@ -9,55 +7,69 @@ import ctypes
 import json
 import os
 import signal
-import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import IO, Any, NoReturn
 
-from dlmconvert import __version__
-from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, Outcome, UserError
-from dlmconvert.runs.folder import RunFolder
-from dlmconvert.runs.stage import StageContext, StopFlag
-from dlmconvert.training.ranks import Place, Ranks, Solo
+from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, Interrupted, Outcome
+from dlmconvert.runs.hosts import Share
+from dlmconvert.training.lifeline import AGAIN
 
 GRACE = {0: 15.0, EXIT_SAVED_RUN_AGAIN: 60.0}  # seconds that the others get when one rank has ended with this code
 GRACE_AFTER_FAILURE = 5.0  # they wait for one that will not come
+GRACE_OF_A_NODE = 20.0  # another machine gives its own ranks theirs first
+OUTCOME = '{"outcome": '  # how the line begins by which the command of another machine tells how it ended
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+Leave = Callable[[Outcome], NoReturn]
 
 
 @dataclass
 class _Child:
-    rank: int
+    """A rank of this machine, or the command on another machine. told: where it writes its outcome. log: what else it says."""
+
+    name: str
     pid: int
-    pipe: int
+    told: IO[bytes]
     log: IO[bytes]
+    is_first: bool = False
+    node: subprocess.Popen | None = None
     status: int | None = None  # exit code, or minus the signal
+    ended: float = field(default=0.0)
     stopped_by_us: bool = False
     outcome: Outcome | None = None
 
 
-def launch(count: int, work: Callable[[], Outcome]) -> Outcome:
-    """Run `work` in `count` processes of this machine, as ranks; return the one outcome to tell.
+def launch(share: Share, work: Callable[[Leave], None], nodes: Sequence[tuple[str, list[str]]] = (), controlled: bool = False) -> Outcome:
+    """Run `work` in the processes of this machine, as ranks; return the one outcome to tell.
+
+    work: called in every rank with a function that ends the process with an outcome; returns when all is well. nodes: (host, command)
+    of the other machines. controlled: another machine has started this one; signals come on stdin, and its end is ours.
 
     Signals reach every rank. When one ends, the others have seconds to follow. They die with this process, whatever kills it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {name: value for name, value in {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}.items() if name not in os.environ}
+    shared = {"MASTER_ADDR": share.address, "MASTER_PORT": str(share.port), "WORLD_SIZE": str(share.total), "LOCAL_WORLD_SIZE": str(share.count)}
+    shared.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // share.count))))
     sys.stdout.flush()
     sys.stderr.flush()
-    children = [_start(rank, shared, work) for rank in range(count)]
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a parent may have closed stdin: no file of ours shall be number 0
+        pass
+    os.close(descriptor)
+    children = [_start(share, local, shared, work) for local in range(share.count)]
+    children += [_start_node(name, command) for name, command in nodes]
 
     def forward(number: int, frame: Any) -> None:
         _signal(children, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    if controlled:
+        threading.Thread(target=_obey_stdin, daemon=True).start()
     try:
         _watch(children)
     finally:
@@ -67,53 +79,87 @@ def launch(count: int, work: Callable[[], Outcome]) -> Outcome:
     return _verdict(children)
 
 
-def _start(rank: int, shared: dict[str, str], work: Callable[[], Outcome]) -> _Child:
-    reader, writer = os.pipe()
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-    parent = os.getpid()
+def _start(share: Share, local_rank: int, shared: dict[str, str], work: Callable[[Leave], None]) -> _Child:
+    told, log = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - they live as long as the child
+    rank, parent = share.first + local_rank, os.getpid()
     pid = os.fork()
     if pid:
-        os.close(writer)
-        return _Child(rank, pid, reader, log)
-    code = EXIT_FAILED
+        return _Child(f"rank {rank} of {share.total}", pid, told, log, is_first=rank == 0)
+
+    def leave(outcome: Outcome) -> NoReturn:
+        try:
+            told.write(json.dumps(asdict(outcome)).encode())
+            told.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(outcome.code)
+
     try:
-        os.close(reader)
         os.setpgid(0, 0)  # Ctrl-C in a terminal goes to the parent alone, which passes it on
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _die_with_parent()
         if os.getppid() != parent:
             os._exit(EXIT_FAILED)
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(local_rank))
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
         if rank:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGUSR1, _leave)
-        signal.signal(signal.SIGTERM, _leave)
-        outcome = work()
-        os.write(writer, json.dumps(asdict(outcome)).encode()[:60_000])
-        code = outcome.code
-        sys.stdout.flush()
-        sys.stderr.flush()
+        signal.signal(signal.SIGUSR1, _leave_at_once)
+        signal.signal(signal.SIGTERM, _leave_at_once)
+        work(leave)
+        leave(Outcome())
     finally:
-        os._exit(code)
+        os._exit(EXIT_FAILED)
 
 
-def _leave(number: int, frame: Any) -> None:
-    from dlmconvert.errors import Interrupted
+def _start_node(name: str, command: list[str]) -> _Child:
+    told, log = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=log, process_group=0, preexec_fn=_die_with_parent)
+    except OSError as error:
+        log.write(f"{command[0]}: {error.strerror}\n".encode())
+        process = subprocess.Popen(["false"], stdin=subprocess.PIPE, stdout=told)
+    return _Child(f"host {name}", process.pid, told, log, node=process)
 
+
+def _die_with_parent() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _leave_at_once(number: int, frame: Any) -> None:
     raise Interrupted(signal.Signals(number).name)
+
+
+def _obey_stdin() -> None:
+    """Names of signals, a line each, from the machine that started this one. When they end, that one has gone."""
+    received = b""
+    while data := os.read(0, 4096):
+        *lines, received = (received + data).split(b"\n")
+        for line in lines:
+            if line.decode() in {number.name for number in _SIGNALS}:
+                os.kill(os.getpid(), signal.Signals[line.decode()])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _signal(children: list[_Child], number: int) -> None:
     for child in children:
-        if child.status is None:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, number)
+        if child.status is not None:
+            continue
+        if child.node is not None and number != signal.SIGKILL:
+            with suppress(OSError):
+                os.write(child.node.stdin.fileno(), signal.Signals(number).name.encode() + b"\n")
+            continue
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, number)
 
 
 def _watch(children: list[_Child]) -> None:
     deadline = float("inf")
+    several = any(child.node is not None for child in children)
     while any(child.status is None for child in children):
         for child in children:
             if child.status is not None:
@@ -121,111 +167,63 @@ def _watch(children: list[_Child]) -> None:
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if not pid:
                 continue
-            child.status = os.waitstatus_to_exitcode(status)
-            if child.status != 0 or child.rank == 0:
-                deadline = min(deadline, time.monotonic() + GRACE.get(child.status, GRACE_AFTER_FAILURE))
+            child.status, child.ended = os.waitstatus_to_exitcode(status), time.monotonic()
+            if child.node is not None:
+                child.node.returncode = child.status
+                child.node.stdin.close()
+            if child.status != 0 or child.is_first:
+                grace = GRACE.get(child.status, GRACE_AFTER_FAILURE)
+                deadline = min(deadline, time.monotonic() + (max(grace, GRACE_OF_A_NODE) if several else grace))
         if time.monotonic() > deadline:
             for child in children:
                 child.stopped_by_us = child.stopped_by_us or child.status is None
             _signal(children, signal.SIGKILL)
         time.sleep(0.02)
     for child in children:
-        text = b"".join(iter(lambda pipe=child.pipe: os.read(pipe, 65536), b""))
-        os.close(child.pipe)
-        with suppress(ValueError, TypeError):
-            child.outcome = Outcome(**json.loads(text))
+        child.outcome = _outcome_of(child)
+
+
+def _outcome_of(child: _Child) -> Outcome | None:
+    child.told.seek(0)
+    text = child.told.read().decode(errors="replace")
+    with suppress(ValueError, TypeError):
+        if child.node is None:
+            return Outcome(**json.loads(text))
+        lines = [line for line in text.splitlines() if line.startswith(OUTCOME)]  # a login shell may have its say before
+        outcome = Outcome(**json.loads(lines[-1])["outcome"]) if lines else None
+        return replace(outcome, what=f"{child.name}: {outcome.what}") if outcome is not None and not outcome.lost_peer and outcome.what else outcome
+    return None
 
 
 def _verdict(children: list[_Child]) -> Outcome:
-    count = len(children)
-    again = "the same command continues from the newest checkpoint"
-    for child in children:
-        if child.status is not None and child.status < 0 and not child.stopped_by_us:
+    """The first cause: a rank that was killed or failed by itself, before those that only lost it."""
+    ended = sorted((child for child in children if not child.stopped_by_us), key=lambda child: child.ended)
+    failed = [child for child in ended if child.status not in (0, EXIT_SAVED_RUN_AGAIN)]
+    causes = [child for child in failed if child.outcome is None or not child.outcome.lost_peer]
+    # A rank that lost the first one may know its reason all the same, from another machine.
+    for child in causes or [child for child in failed if child.is_first] or failed:
+        if child.outcome is None and child.status is not None and child.status < 0:
             name = signal.Signals(-child.status).name
             why = "the system does that when memory runs out" if name == "SIGKILL" else _last_words(child)
-            return Outcome(EXIT_FAILED, f"rank {child.rank} of {count} was killed by {name}", why, again)
-    ended = [child for child in children if not child.stopped_by_us]
-    failed = [child for child in ended if child.status not in (0, EXIT_SAVED_RUN_AGAIN)]
-    told = [child for child in failed if child.outcome is not None and not child.outcome.lost_peer]
-    for child in told or failed:
-        outcome = child.outcome or Outcome(child.status or EXIT_FAILED, "it ended without a word", _last_words(child), again)
-        where = "" if child.rank == 0 else f"rank {child.rank} of {count}: "
-        return Outcome(outcome.code, where + outcome.what, outcome.why, outcome.next_step)
-    left = [child for child in ended if child.status == EXIT_SAVED_RUN_AGAIN and child.outcome is not None]
+            return Outcome(EXIT_FAILED, f"{child.name}{'' if child.node is None else ': the ssh to it'} was killed by {name}", why, AGAIN)
+        if child.outcome is None and child.node is not None:
+            what = f"{child.name}: the command there ended with code {child.status}" + (" (that is ssh's own)" if child.status == 255 else "")
+            return Outcome(EXIT_FAILED, what, _last_words(child), "try by hand: ssh HOST true; it must answer without a password")
+        outcome = child.outcome or Outcome(child.status or EXIT_FAILED, "it ended without a word", _last_words(child), AGAIN)
+        where = "" if child.is_first or child.node is not None or outcome.lost_peer else f"{child.name}: "
+        return replace(outcome, what=where + outcome.what, told=False)
+    left = [child for child in children if not child.stopped_by_us and child.status == EXIT_SAVED_RUN_AGAIN and child.outcome is not None]
     if left:
-        return left[0].outcome or Outcome()
-    stuck = [child.rank for child in children if child.stopped_by_us]
+        return replace(left[0].outcome or Outcome(), told=False)
+    stuck = [child for child in children if child.stopped_by_us]
     if stuck:
-        return Outcome(EXIT_FAILED, f"rank {stuck[0]} of {count} did not end with the others and was stopped", _last_words(children[stuck[0]]), again)
+        return Outcome(EXIT_FAILED, f"{stuck[0].name} did not end with the others and was stopped", _last_words(stuck[0]), AGAIN)
     return Outcome()
 
 
 def _last_words(child: _Child) -> str:
-    if child.rank == 0:
-        return ""
+    if child.is_first:
+        return ""  # on the screen already
     child.log.seek(0)
     lines = [line for line in child.log.read().decode(errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-3:])
-
-
-# inside a rank
-
-
-@contextmanager
-def joined(place: Place, asked: str):
-    """The ranks of this run; on rank 0 everything in the block runs while the others `follow`.
-
-    asked: what this process was asked to do. Raises UserError when a rank was asked something else or runs another version.
-    """
-    if place.count == 1:
-        yield Solo()
-        return
-    ranks = Ranks(place)
-    mine = {"version": __version__, "asked": asked}
-    first = ranks.share(mine)
-    for name, value in mine.items():
-        if first[name] != value:
-            what = f"version {value} of dlmconvert, rank 0 runs {first[name]}" if name == "version" else "another recipe or other keys than rank 0"
-            raise UserError(f"rank {place.rank} of {place.count} was started with {what}", _first_difference(first[name], value), "start every rank with the same command", exit_code=EXIT_FAILED)
-    ranks.barrier()
-    yield ranks
-    ranks.tell({"end": True})
-    ranks.leave()
-
-
-def _first_difference(one: str, other: str) -> str:
-    for a, b in zip(one.splitlines(), other.splitlines(), strict=False):
-        if a != b:
-            return f"rank 0: {a.strip()}; here: {b.strip()}"
-    return ""
-
-
-def follow(ranks: Ranks) -> None:
-    """What ranks beside the first do: train when rank 0 says so, until it says that all is done."""
-    from dlmconvert.runs.runner import signals_set
-
-    stop = StopFlag()
-    with signals_set(stop):
-        while "train" in (order := ranks.listen()):
-            from dlmconvert.runs.stages import JOBS
-            from dlmconvert.runs.training import train_together
-
-            run = RunFolder(Path(order["run"]))
-            context = StageContext(run, run.recipe(), SilentReporter(), stop, ranks)
-            train_together(context, JOBS[order["train"]](context))
-
-
-class SilentReporter:
-    """Rank 0 alone speaks."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    warn = say
-
-    @contextmanager
-    def progress(self, label: str, total: float, done: float = 0):
-        yield self
-
-    def advance(self, amount: float, text: str = "") -> None:
-        pass

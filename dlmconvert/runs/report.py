@@ -1,59 +1,15 @@
-"""Where a run stands and what came out of it: text for the screen, one HTML page with curves."""
+"""What came out of a run: text for the screen, one HTML page with curves."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from dlmconvert.runs.folder import RunFolder
+from dlmconvert.runs.status import status_of
 
 TRAINING_STAGES = ("pretrain", "adapt", "sft")
-ORDER = ("pretrain", "prepare", "adapt", "sft", "export", "report")
-
-
-def status_of(run: RunFolder) -> dict[str, Any]:
-    """The state of a run as plain values (for --json). Reads files only; a running process is not disturbed."""
-    from dlmconvert.training.metrics import read_metrics
-
-    state = run.state()
-    holder = run.holder()
-    stages = {}
-    for name in ORDER:
-        recorded = state["stages"].get(name)
-        if recorded is None:
-            continue
-        entry = {"status": recorded.get("status"), "seconds": round(recorded.get("seconds", 0.0), 1)}
-        if entry["status"] == "started":
-            entry["status"] = "running" if holder else "interrupted"
-        lines = [line for line in read_metrics(run.path / name / "metrics.jsonl") if "loss" in line]
-        if lines:
-            entry["last"] = lines[-1]
-            entry["steps"] = recorded.get("keys", {}).get(f"{'train' if name == 'adapt' else name}.steps")
-        entry["checkpoints"] = sorted(p.name for p in (run.path / name / "checkpoints").glob("step-*") if (p / "COMPLETE").is_file())
-        stages[name] = entry
-    return {"run": str(run.path), "holder": holder, "updated": state.get("updated"), "stages": stages}
-
-
-def status_text(status: dict[str, Any]) -> str:
-    lines = [f"{status['run']}" + (f"   (held by {status['holder']})" if status["holder"] else "")]
-    if status["updated"]:
-        lines[0] += f"   last change {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(status['updated']))}"
-    for name, entry in status["stages"].items():
-        text = f"  {name:9} {entry['status']:12} {entry['seconds']:>8.0f} s"
-        if "last" in entry:
-            last = entry["last"]
-            text += f"   step {last['step']}/{entry['steps']}  loss {last['loss']:.3f}  {last['tokens_per_second']:,.0f} tokens/s"
-            if entry["steps"] and entry["status"] == "running":
-                left = (entry["steps"] - last["step"]) * last["seconds_per_step"]
-                text += f"  about {left / 60:.1f} min left"
-        if entry["checkpoints"]:
-            text += f"   checkpoints {', '.join(entry['checkpoints'])}"
-        lines.append(text)
-    if not status["stages"]:
-        lines.append("  nothing has started")
-    return "\n".join(lines)
 
 
 def measured_rows(run: RunFolder) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from dlmconvert.runs.training import TrainingJob
+    from dlmconvert.runs.models import TrainingJob
 
 AR = Method(name="ar", **METHODS["ar"].choices)
 
@@ -35,8 +35,8 @@ def pretrain(context: StageContext) -> dict[str, Any]:
 
 def pretrain_job(context: StageContext) -> TrainingJob:
     from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.models import TrainingJob
     from dlmconvert.runs.rows import text_rows
-    from dlmconvert.runs.training import TrainingJob
 
     scratch = context.run.stage_folder("pretrain") / "scratch"
     assert context.recipe.pretrain is not None
@@ -132,11 +132,20 @@ def _source_folder(context: StageContext) -> tuple[Path, str]:
 
 # adapt, sft: the conversion itself
 
+CAUSAL = {"attention": "causal"}
+
+
+def bound_of(method: Method) -> dict[str, Any]:
+    """The pattern under which models of a method are scored, before and after: fully bidirectional, or block after block."""
+    if method.attention.pattern in ("causal", "bidirectional"):
+        return {"attention": method.attention.pattern}
+    return {"attention": method.attention.pattern, "block_length": method.attention.block_length}
+
 
 def adapt_job(context: StageContext) -> TrainingJob:
     from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.models import TrainingJob
     from dlmconvert.runs.rows import text_rows
-    from dlmconvert.runs.training import TrainingJob
 
     run, recipe = context.run, context.recipe
     source = run.model_folder("prepare")
@@ -151,24 +160,24 @@ def adapt_job(context: StageContext) -> TrainingJob:
 def adapt(context: StageContext) -> dict[str, Any]:
     from dlmconvert.runs.training import run_training
 
-    run, job = context.run, adapt_job(context)
+    run, recipe, job = context.run, context.recipe, adapt_job(context)
     source, trained_as, held = job.source, job.trained_as, job.validation
     facts = run_training(context, job)
     if held is None:
         context.reporter.warn("  data.validation=0: nothing is held out, so nothing is measured")
         return facts
-    asked = [("AR NLL of the source", source, "causal"), ("NELBO before adaptation", source, "bidirectional")]
+    asked = [("AR NLL of the source", source, CAUSAL), ("NELBO before adaptation", source, bound_of(recipe.method))]
     if trained_as == "ar":
-        asked = asked[:1] + [("AR NLL after training", run.model_folder("adapt"), "causal")]
+        asked = asked[:1] + [("AR NLL after training", run.model_folder("adapt"), CAUSAL)]
     else:
-        asked.append(("NELBO after adaptation", run.model_folder("adapt"), "bidirectional"))
+        asked.append(("NELBO after adaptation", run.model_folder("adapt"), bound_of(recipe.method)))
     return facts | {"measured": measure(context, asked, held)}
 
 
 def sft_job(context: StageContext) -> TrainingJob:
     from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.runs.models import TrainingJob
     from dlmconvert.runs.rows import chat_rows
-    from dlmconvert.runs.training import TrainingJob
 
     run, recipe = context.run, context.recipe
     source = run.model_folder("adapt")
@@ -185,8 +194,8 @@ def sft(context: StageContext) -> dict[str, Any]:
     facts = run_training(context, job) | {name: value for name, value in job.stores[0].meta.items() if name.startswith("num_")}
     if held is None:
         return facts
-    pattern = recipe.method.attention.pattern
-    kind = "AR NLL" if pattern == "causal" else "NELBO"
+    pattern = bound_of(recipe.method)
+    kind = "AR NLL" if pattern == CAUSAL else "NELBO"
     asked = [
         (f"{kind} of held-out answers before sft", source, pattern),
         (f"{kind} of held-out answers after sft", run.model_folder("sft"), pattern),
@@ -207,17 +216,17 @@ def nats_text(measured: dict[str, Any]) -> str:
     return f"{measured['nats_per_token']:.3f}" + (f" +- {error:.3f}" if error is not None else "")
 
 
-def measure(context: StageContext, asked: list[tuple[str, Path, str]], rows: Any) -> list[dict[str, Any]]:
-    """Likelihoods of several models on the same held-out rows: [{"what", "kind", "nats_per_token", ...}]."""
+def measure(context: StageContext, asked: list[tuple[str, Path, dict[str, Any]]], rows: Any) -> list[dict[str, Any]]:
+    """Likelihoods of several models on the same held-out rows: [{"what", "kind", "nats_per_token", ...}]. asked: (what, folder, pattern)."""
     from dlmconvert.backbone.load import load_denoiser
     from dlmconvert.evaluation.nelbo import measure_likelihood
 
     evaluation, results = context.recipe.eval, []
     num_rows = min(evaluation.rows, rows.num_rows)
-    total = sum(num_rows * (1 if attention == "causal" else evaluation.draws) for _, _, attention in asked)
+    total = sum(num_rows * (1 if pattern == CAUSAL else evaluation.draws) for _, _, pattern in asked)
     with context.reporter.progress("measuring", total) as bar:
-        for what, folder, attention in asked:
-            denoiser = load_denoiser(folder, context.recipe.engine.device, attention=attention)
+        for what, folder, pattern in asked:
+            denoiser = load_denoiser(folder, context.recipe.engine.device, **pattern)
             found = measure_likelihood(
                 denoiser, rows, num_rows=evaluation.rows, draws=evaluation.draws, batch=evaluation.batch, seed=evaluation.seed,
                 advance=lambda done, what=what: bar.advance(done, what),
@@ -333,6 +342,9 @@ def show(context: StageContext) -> dict[str, Any]:
     run, recipe = context.run, context.recipe
     facts: dict[str, Any] = {}
     text = recipe.eval.infill
+    if text is not None and recipe.method.attention.block_length is not None:
+        context.reporter.say("  eval.infill is left out: a block model sees nothing to the right of the block that it fills")
+        text = None
     if text is not None:
         source = load_denoiser(run.model_folder("prepare"), recipe.engine.device, attention="causal")
         converted = load_denoiser(run.model_folder(exported_stage(run, recipe)), recipe.engine.device)

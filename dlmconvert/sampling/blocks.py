@@ -1,37 +1,74 @@
-"""Semi-autoregressive blocks: the masked positions of a row, counted from the left, in groups of `block_length`; one group after the
-other, each with its share of the steps (LLaDA, arXiv 2502.09992). Nothing about the model changes: it sees the whole canvas.
+"""Blocks: the masked positions of a row are filled part after part, from the left; each part has its share of the steps.
 
-A group counts masked positions, not columns, so after a prompt the first block begins at the first new token, and the gaps of an
-infill are cut from left to right. A row moves to its next block by itself: rows of one batch may stand in different blocks.
+On a bidirectional model blocks are a choice of the sampler (`groups`): the masked positions counted from the left, so many at a
+time (LLaDA, arXiv 2502.09992). The model sees the whole canvas. A group counts masked positions, not columns, so after a prompt the
+first one begins at the first new token, and the gaps of an infill are cut from left to right.
 
-Shapes: B rows, L positions of the canvas.
+On a block model they are the model's own (`model_blocks`): columns [s, e) of the row, of which nothing right of e is ever seen.
+`block_causal` counts them from the row's first token, so the rest of a prompt stands clean in the first block that is filled;
+`context_causal` and `causal_in_block` start at the end of the prompt. Under `shift` the first token of a block is predicted by the
+clean text before it and settles alone, before the rest of its block: a part of its own, with one step (the sampler's side of
+training block starts from the clean copy: arXiv 2503.09573's blocks, methods 6.4 P2).
+
+A row moves to its next part by itself: rows of one batch may stand in different ones.
+
+Shapes: B rows, L positions of the canvas, K parts at most.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
+from ..diffusion.block_attention import BLOCK_PATTERNS, FREE_BLOCKS
 from .budget import Plan
+from .canvas import ROW, Canvas
+
+
+class Span(NamedTuple):
+    """Where a part stands. first, end: columns of its block. opens: it is the first token of a block, read from the text before."""
+
+    first: int
+    end: int
+    opens: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """number_BL: the part in which each masked position is filled, rising from the left. spans: of each row, by number.
+    steps_BK: steps of each part. origins, begins: the columns of each row where block 0 and where the row itself begin."""
+
+    number_BL: torch.Tensor
+    spans: list[list[Span]]
+    steps_BK: torch.Tensor
+    origins: list[int]
+    begins: list[int]
+
+    def twice(self) -> Layout:
+        """The layout of the batch with each of its rows twice, as guidance needs it."""
+        return Layout(
+            torch.cat([self.number_BL] * 2), self.spans * 2, torch.cat([self.steps_BK] * 2), self.origins * 2, self.begins * 2
+        )
 
 
 class Blocks:
-    """Where each row stands. num_steps: steps of a whole row; None gives each row as many as it has masked positions. eps: see budget.py."""
+    """Where each row stands. steps_bound: a row's last step takes everything that a hook may have masked again."""
 
-    def __init__(self, masked_BL: torch.Tensor, block_length: int | None, num_steps: int | None, eps: float = 1e-3):
+    def __init__(self, layout: Layout, steps_bound: bool, eps: float = 1e-3):
         self.eps = eps
-        self.length = masked_BL.shape[1] if block_length is None else block_length
-        self.total_B = masked_BL.sum(dim=1)
-        self.number_BL = (masked_BL.cumsum(dim=1) - 1).clamp(min=0) // self.length
-        self.steps_B = (self.total_B if num_steps is None else torch.full_like(self.total_B, num_steps)).clamp(min=1)
-        self.block_B = torch.full_like(self.total_B, -1)
-        self.began_B = self.num_masked_B = self.num_steps_B = torch.zeros_like(self.total_B)
-        self.last_step = int(self.steps_B.max()) - 1
+        self.number_BL, self.steps_BK = layout.number_BL, layout.steps_BK
+        self.row_steps_B = self.steps_BK.sum(dim=1) if steps_bound else None
+        self.last_step = int(self.steps_BK.sum(dim=1).max()) - 1
+        self.block_B = torch.full_like(self.steps_BK[:, 0], -1)
+        self.began_B = self.num_masked_B = self.num_steps_B = torch.zeros_like(self.block_B)
 
     def plan(self, masked_BL: torch.Tensor, step: int, u_BL: torch.Tensor) -> Plan:
-        """The part of `masked_BL` that may be committed at this step, and where its rows stand in their blocks.
+        """The part of `masked_BL` that may be committed at this step, and where its rows stand in it.
 
-        Blocks end in time by themselves. Only a hook that masks positions again can lead to a row's last step with more than its
-        last block open: then that step takes everything, so that no mask is left.
+        Parts end in time by themselves. Only a hook that masks positions again can lead to a row's last step with more than its
+        last part open: then that step takes everything, so that no mask is left.
         """
         nowhere = masked_BL.shape[1]
         block_B = self.number_BL.masked_fill(~masked_BL, nowhere).min(dim=1).values
@@ -40,30 +77,138 @@ class Blocks:
         self.block_B = block_B
         self.began_B = torch.where(is_new_B, step, self.began_B)
         self.num_masked_B = torch.where(is_new_B, current_BL.sum(dim=1), self.num_masked_B)
-        self.num_steps_B = torch.where(is_new_B, self._steps_of(block_B), self.num_steps_B)
-        step_B = step - self.began_B
-        is_last_B = step >= self.steps_B - 1
-        current_BL = torch.where(is_last_B[:, None], masked_BL, current_BL)
-        return Plan(current_BL, self.num_masked_B, step_B, torch.where(is_last_B, step_B + 1, self.num_steps_B), u_BL, self.eps)
-
-    def _steps_of(self, block_B: torch.Tensor) -> torch.Tensor:
-        """Its share of the row's steps, in proportion to its masked positions: at least 1 when there are as many steps as blocks."""
-        total_B = self.total_B.clamp(min=1)
-        first_B = (block_B * self.length).clamp(max=total_B)
-        end_B = (first_B + self.length).clamp(max=total_B)
-        return (self.steps_B * end_B // total_B - self.steps_B * first_B // total_B).clamp(min=1)
+        part_B = block_B.clamp(max=self.steps_BK.shape[1] - 1)
+        self.num_steps_B = torch.where(is_new_B, self.steps_BK.gather(1, part_B[:, None])[:, 0].clamp(min=1), self.num_steps_B)
+        step_B, num_steps_B = step - self.began_B, self.num_steps_B
+        if self.row_steps_B is not None:
+            is_last_B = step >= self.row_steps_B - 1
+            current_BL = torch.where(is_last_B[:, None], masked_BL, current_BL)
+            num_steps_B = torch.where(is_last_B, step_B + 1, num_steps_B)
+        return Plan(current_BL, self.num_masked_B, step_B, num_steps_B, u_BL, self.eps)
 
 
-def check_blocks(masked_BL: torch.Tensor, block_length: int | None, num_steps: int | None) -> None:
-    """Raises ValueError for a length without meaning and for fewer steps than blocks."""
-    if block_length is None:
-        return
-    if block_length < 1:
+def groups(canvas: Canvas, masked_BL: torch.Tensor, block_length: int | None, num_steps: int | None) -> Layout:
+    """`block_length` masked positions a part; None: all in one.
+
+    A part has floor(S end / n) - floor(S first / n) of the row's S steps, end and first being its place among the n masked
+    positions: LLaDA's steps / blocks where that divides. num_steps None gives each row as many as it has masked positions.
+    Raises ValueError for a length without meaning and for fewer steps than parts.
+    """
+    if block_length is not None and block_length < 1:
         raise ValueError(f"block_length is {block_length}; it must be at least 1")
-    most = int(masked_BL.sum(dim=1).max())
-    num_blocks = -(-most // block_length)
-    if num_steps is not None and num_steps < num_blocks:
+    length = masked_BL.shape[1] if block_length is None else block_length
+    places = masked_places(masked_BL)
+    most = max(map(len, places))
+    if block_length is not None and num_steps is not None and num_steps < -(-most // length):
         raise ValueError(
-            f"{most} positions in blocks of {block_length} are {num_blocks} blocks, and each takes a step at least: {num_steps} steps are"
-            " too few; give more steps, or longer blocks"
+            f"{most} positions in blocks of {length} are {-(-most // length)} blocks, and each takes a step at least: {num_steps} steps"
+            " are too few; give more steps, or longer blocks"
         )
+    spans, steps = [], []
+    for row in places:
+        n, S = max(len(row), 1), num_steps or max(len(row), 1)
+        parts = [row[start : start + length] for start in range(0, len(row), length)]
+        spans.append([Span(part[0], part[-1] + 1) for part in parts])
+        bounds = [(at * length, min((at + 1) * length, n)) for at in range(max(len(parts), 1))]
+        steps.append([max(S * end // n - S * first // n, 1) for first, end in bounds])
+    number_BL = (masked_BL.cumsum(dim=1) - 1).clamp(min=0) // length
+    begins = row_begins(canvas)
+    return Layout(number_BL, spans, _table(steps, masked_BL.device), begins, begins)
+
+
+def model_blocks(canvas: Canvas, pattern: str, block_length: int, num_steps: int | None, alignment: str) -> Layout:
+    """The blocks of a block model. The S steps of a row are shared in proportion to masked positions, after one for each part.
+
+    Raises ValueError for tokens that stand right of a gap where the model cannot see them, and for too few steps.
+    """
+    assert pattern in BLOCK_PATTERNS, pattern
+    begins, places = row_begins(canvas), masked_places(canvas.masked_BL)
+    ends = [begin + count for begin, count in zip(begins, row_lengths(canvas), strict=True)]
+    number_BL = torch.zeros(canvas.masked_BL.shape, dtype=torch.int64)
+    origins, spans, steps = [], [], []
+    for row, (begin, end, masked) in enumerate(zip(begins, ends, places, strict=True)):
+        origin = masked[0] if masked and pattern in FREE_BLOCKS else begin
+        _check_nothing_behind(row, masked, end, origin, pattern, block_length)
+        parts: list[tuple[Span, int]] = []  # with its masked positions
+        for first in range(origin, end, block_length):
+            last = min(first + block_length, end)
+            here = [column for column in masked if first <= column < last]
+            if here and here[0] == first and alignment == "shift":
+                number_BL[row, first] = len(parts)
+                parts.append((Span(first, last, opens=True), 1))
+                here = here[1:]
+            if here:
+                number_BL[row, here] = len(parts)
+                parts.append((Span(first, last), len(here)))
+        origins.append(origin)
+        spans.append([span for span, _ in parts])
+        steps.append(_shared_steps([count for _, count in parts], num_steps))
+    return Layout(number_BL.to(canvas.tokens_BL.device), spans, _table(steps, canvas.tokens_BL.device), origins, begins)
+
+
+def _check_nothing_behind(row: int, masked: list[int], end: int, origin: int, pattern: str, block_length: int) -> None:
+    if not masked:
+        return
+    given = sorted(set(range(masked[0], end)) - set(masked))
+    if not given:
+        return
+    in_one_block = (given[-1] - origin) // block_length == (masked[0] - origin) // block_length
+    if pattern == "causal_in_block" or not in_one_block:
+        raise ValueError(
+            f"row {row} has text right of a gap, and this model ({pattern}, blocks of {block_length}) sees nothing right of the block"
+            " that it fills: put the gap at the end of the text, or use a bidirectional model"
+        )
+
+
+def _shared_steps(counts: list[int], num_steps: int | None) -> list[int]:
+    """Steps of parts with `counts` masked positions: one each, and the rest of num_steps in proportion to the positions left."""
+    if not counts:
+        return [1]
+    spare, extra = sum(counts) - len(counts), (sum(counts) if num_steps is None else num_steps) - len(counts)
+    if extra < 0:
+        raise ValueError(
+            f"this model fills {sum(counts)} positions in {len(counts)} parts (its blocks, and under alignment 'shift' their first"
+            f" tokens by themselves), and each takes a step at least: {num_steps} steps are too few"
+        )
+    steps, before = [], 0
+    for count in counts:
+        after = before + count - 1
+        steps.append(1 + (extra * after // spare - extra * before // spare if spare else 0))
+        before = after
+    return steps
+
+
+def block_length_of(pattern: str, trained: int | None, asked: int | None) -> int:
+    """The block length to decode a block model with. Raises ValueError when the training's cannot be changed."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"block_length is {asked}; it must be at least 1")
+    if trained is None and asked is None:
+        raise ValueError(f"the model does not say its block length (dlm.block_length), and attention {pattern!r} needs one")
+    if pattern not in FREE_BLOCKS and None not in (trained, asked) and trained != asked:
+        raise ValueError(
+            f"this model was trained with blocks of {trained}, and its attention ({pattern}) ties the text before a block to their"
+            f" boundaries: block_length={asked} is not possible; leave it out"
+        )
+    return asked or trained
+
+
+def masked_places(masked_BL: torch.Tensor) -> list[list[int]]:
+    return [[column for column, masked in enumerate(row) if masked] for row in masked_BL.tolist()]
+
+
+def row_begins(canvas: Canvas) -> list[int]:
+    """The first column of each row that is no padding."""
+    if canvas.segments_BL is None:
+        return [0] * canvas.tokens_BL.shape[0]
+    return (canvas.segments_BL == ROW).to(torch.int8).argmax(dim=1).tolist()
+
+
+def row_lengths(canvas: Canvas) -> list[int]:
+    if canvas.segments_BL is None:
+        return [canvas.tokens_BL.shape[1]] * canvas.tokens_BL.shape[0]
+    return (canvas.segments_BL == ROW).sum(dim=1).tolist()
+
+
+def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)

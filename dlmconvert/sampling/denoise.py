@@ -14,40 +14,24 @@ Shapes: B rows, L positions of the canvas, N positions that are wanted (row-majo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..diffusion.randomness import SAMPLE_ORDER, counter_gumbel, counter_uniform
-from .blocks import Blocks, check_blocks
-from .budget import BUDGETS, READING, Plan, check_budget, default_budget, least
-from .canvas import ROW, Canvas, Predictor, check_predictable
-from .draw import draw_tokens
-from .filters import ban, check_filters, penalise_repetition
-from .order import BLIND_ORDERS, ORDERS, best, blind_scores, confidence, margin, negative_entropy, ranked
-from .predictions import Hook, after_tokens_hook, ask, spread
-
-_ORDER_NOISE = 1  # one more key, so that the noise on scores is another stream than u
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step did. The tensors are copies: keep them, the loop goes on with its own.
-
-    index: the step, from 0. tokens_BL: the mask token at masked positions. masked_BL: still masked after the step.
-    committed_BL: filled by this step. confidence_BL: p(x_hat) at temperature 1 without filters where committed, else 0.
-    given_back_BL: not filled, because they stand after the end of the text; the end token stands there from now on.
-    nfe: forwards so far; a step with guidance is two.
-    """
-
-    index: int
-    tokens_BL: torch.Tensor
-    masked_BL: torch.Tensor
-    committed_BL: torch.Tensor
-    confidence_BL: torch.Tensor
-    given_back_BL: torch.Tensor
-    nfe: int
+from .apd import Helper, apd, check_apd
+from .blocks import block_length_of, groups, model_blocks
+from .budget import BUDGETS, check_budget, default_budget
+from .cache import cache_of, is_block_model, open_reader
+from .canvas import Canvas, Predictor, check_predictable
+from .filters import check_filters
+from .length import check_growth, daedal
+from .loop import Settings, steps_of
+from .order import ORDERS
+from .predictions import Hook
+from .revise import Reviser, check_revision, p2, polished, remdm, wino
+from .speculate import check_speculation, speculate
+from .step import Step
 
 
 def denoise(
@@ -62,6 +46,7 @@ def denoise(
     repetition_penalty: float = 1.0,
     cfg_scale: float = 0.0,
     seed: int = 0,
+    cache: str | None = None,
     budget: str | None = None,
     threshold: float | None = None,
     factor: float | None = None,
@@ -69,6 +54,12 @@ def denoise(
     eps: float = 1e-3,
     block_length: int | None = None,
     order_temperature: float = 0.0,
+    draft_length: int | None = None,
+    helper: Helper | None = None,
+    helper_weight: float = 0.5,
+    revision: str | None = None,
+    revision_strength: float | None = None,
+    initial_length: int | None = None,
     banned_ids: Sequence[int] = (),
     end_ids: Sequence[int] = (),
     tokens_hook: Hook | None = None,
@@ -80,11 +71,20 @@ def denoise(
     order: a name in order.py.
     budget: a counted budget of budget.py; None means ancestral for `random`, even otherwise. threshold, factor, entropy_bound: the
         bounds of the reading ones. At most one of these four is given. eps: the end of the time grid of `bernoulli` and `dream`.
-    block_length: fill block after block, this many positions each; None is one block. The steps are shared by the blocks.
+    block_length: fill block after block, this many positions each. None is one block, and of a block model the training's. The steps
+        are shared by the blocks.
+    cache: a name in cache.py; None takes the exact one of a block model, and none otherwise.
     temperature: of the drawn tokens; 0 takes the most probable one.
     repetition_penalty: 1 is none. cfg_scale: of the guidance; 0 is none, and above it each step costs two forwards.
     order_temperature: above 0, positions are drawn without replacement from softmax(score / order_temperature) (Dream's alg_temp);
         it changes nothing in the random orders.
+    draft_length: self-speculation (speculate.py): draft so many tokens with one diffusion step, verify them with the model's causal
+        pass. It decides order, number and cache itself; temperature, filters and ends stay free.
+    helper, helper_weight: adaptive parallel decoding (apd.py) with a small AR model beside a bidirectional one; draft_length positions
+        a step, default 16. helper_weight: the share R of the diffusion model.
+    revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is.
+    initial_length: DAEDAL (length.py): begin with so many masks, and let the answer grow to at most the masked positions of the row.
+        block_length (32) and threshold (0.9) are its own.
     seed: the draws are a pure function of (seed, row key, step, position), whatever the batch.
     banned_ids: further ids that are never produced, besides the mask token and ids from vocab_size on.
     end_ids: a row is done when one of these was filled in and nothing left of it is masked.
@@ -114,12 +114,58 @@ def denoise(
     if not cfg_scale >= 0:
         raise ValueError(f"cfg_scale is {cfg_scale}; it must be 0 (no guidance) or positive")
     check_filters(temperature, top_p, top_k, repetition_penalty)
-    check_blocks(canvas.masked_BL, block_length, num_steps)
+    draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    asked = {
+        "steps": num_steps, "budget": budget, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound,
+        "block_length": block_length, "cache": None if cache == "none" else cache, "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook,
+        "a logits hook": logits_hook, "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
+        "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
+    }  # fmt: skip
+    if helper is not None:
+        _refuse_beside("the AR helper", asked, "draft_length")
+        lookahead = 16 if draft_length is None else draft_length
+        _refuse_block_model(predictor, "an AR helper beside")
+        check_predictable(canvas, predictor.alignment)
+        check_apd(canvas, lookahead, helper_weight)
+        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
+    if draft_length is not None:
+        _refuse_beside("draft_length (self-speculation)", asked, "draft_length")
+        check_speculation(predictor, canvas, draft_length)
+        return speculate(predictor, canvas, draft_length, **draw, banned_ids=banned_ids, end_ids=end_ids)
+    if initial_length is not None:
+        _refuse_beside("initial_length (a growing answer)", asked, "initial_length", "block_length", "threshold")
+        _refuse_block_model(predictor, "a growing answer")
+        check_predictable(canvas, predictor.alignment)
+        growth = check_growth(canvas, initial_length, block_length, threshold, end_ids)
+        return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
+    if revision is not None:
+        strength = check_revision(revision, revision_strength, predictor)
+        _refuse_block_model(predictor, "revision")
+        allowed = {"wino": ("threshold", "block_length"), "gidd": tuple(asked), "edits": tuple(asked)}.get(revision, ("steps", "cfg_scale"))
+        _refuse_beside(f"revision {revision!r}", asked, "revision", *allowed)
+    elif revision_strength is not None:
+        raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
     check_predictable(canvas, predictor.alignment)
-    return _steps(
+    cache = cache_of(predictor, cache)
+    if tokens_hook and (cache != "none" or is_block_model(predictor)):
+        raise ValueError("a tokens hook may change any token, also such as a cache or a block model has settled: it needs a bidirectional model and cache 'none'")
+    if is_block_model(predictor):
+        block_length = block_length_of(predictor.attention, predictor.block_length, block_length)
+        layout = model_blocks(canvas, predictor.attention, block_length, num_steps, predictor.alignment)
+    else:
+        layout = groups(canvas, canvas.masked_BL, block_length, num_steps)
+    if revision in ("remdm", "p2", "wino"):
+        reader = open_reader(predictor, canvas, layout, cache="none", block_length=None, cfg_scale=cfg_scale)
+        reviser = Reviser(predictor, canvas, reader, draw, banned_ids, forwards_each=2 if cfg_scale > 0 else 1)
+        if revision == "wino":
+            return wino(reviser, layout, 0.6 if threshold is None else threshold, strength)
+        return remdm(reviser, num_steps, strength) if revision == "remdm" else p2(reviser, num_steps)
+    steps = steps_of(
         predictor,
         canvas,
-        _Settings(
+        layout,
+        Settings(
+            cache=cache,
             num_steps=num_steps,
             block_length=block_length,
             eps=eps,
@@ -129,158 +175,29 @@ def denoise(
             reading=reading,
             cfg_scale=cfg_scale,
             repetition_penalty=repetition_penalty,
-            draw={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+            draw=draw,
             banned_ids=tuple(banned_ids),
             end_ids=tuple(end_ids),
             tokens_hook=tokens_hook,
             logits_hook=logits_hook,
         ),
     )
+    if revision is None:
+        return steps
+    reader = open_reader(predictor, canvas, layout, cache="none", block_length=None, cfg_scale=cfg_scale)
+    reviser = Reviser(predictor, canvas, reader, draw, banned_ids, forwards_each=2 if cfg_scale > 0 else 1)
+    return polished(steps, reviser, revision, strength, end_ids)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The checked settings of `denoise`. Either `counted` or `reading` (name, bound) is set; `draw` goes to draw_tokens as it is."""
-
-    num_steps: int | None
-    block_length: int | None
-    eps: float
-    order: str
-    order_temperature: float
-    counted: Callable[[Plan], torch.Tensor] | None
-    reading: tuple[str, float] | None
-    cfg_scale: float
-    repetition_penalty: float
-    draw: dict
-    banned_ids: tuple[int, ...]
-    end_ids: tuple[int, ...]
-    tokens_hook: Hook | None
-    logits_hook: Hook | None
+def _refuse_beside(what: str, asked: dict[str, object], *allowed: str) -> None:
+    named = [name for name, value in asked.items() if value is not None and name not in allowed]
+    if named:
+        raise ValueError(f"{what} decides by itself what {named[0]} would: leave one of the two out")
 
 
-def _steps(predictor: Predictor, canvas: Canvas, settings: _Settings) -> Iterator[Step]:
-    keys_BL = canvas.row_keys_B[:, None].expand(canvas.tokens_BL.shape)
-    masked_BL = canvas.masked_BL.clone()
-    tokens_BL = canvas.tokens_BL.masked_fill(masked_BL, predictor.mask_token_id)
-    if settings.tokens_hook:
-        tokens_BL, masked_BL = after_tokens_hook(settings.tokens_hook, None, tokens_BL, masked_BL, None, predictor.mask_token_id)
-    blocks = Blocks(masked_BL, settings.block_length, settings.num_steps, settings.eps)
-    hooked = settings.tokens_hook or settings.logits_hook
-    nfe = 0
-    for step in range(blocks.last_step + 1):
-        if not bool(masked_BL.any()):
-            return
-        u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, canvas.positions_BL)
-        plan = blocks.plan(masked_BL, step, u_BL)
-        scores_BL = _scores_before(plan, keys_BL, canvas.positions_BL, step, settings)
-        count_B = settings.counted(plan) if settings.counted else None
-        wanted_BL = plan.masked_BL
-        if count_B is not None:
-            # A known order with a known count needs no predictions to choose: the model is asked for the chosen positions only.
-            wanted_BL = wanted_BL & (count_B > 0)[:, None] if scores_BL is None else best(scores_BL, wanted_BL, count_B)
-        committed_BL = torch.zeros_like(masked_BL)
-        confidence_BL = torch.zeros(masked_BL.shape, device=masked_BL.device)
-        if bool(wanted_BL.any()):
-            asked_BL = masked_BL if hooked else wanted_BL
-            logits_NV, num_forwards = ask(predictor, canvas, tokens_BL, asked_BL, settings.cfg_scale)
-            nfe += num_forwards
-            logits_BLV = spread(logits_NV, asked_BL, tokens_BL) if hooked else None
-            if settings.logits_hook:
-                logits_BLV = settings.logits_hook(step, tokens_BL.clone(), logits_BLV)
-            if hooked:
-                logits_NV = logits_BLV[wanted_BL]
-            logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, settings.banned_ids)
-            if settings.repetition_penalty != 1:
-                visible_BL = ~masked_BL if canvas.segments_BL is None else ~masked_BL & (canvas.segments_BL == ROW)
-                rows_N = wanted_BL.nonzero()[:, 0]
-                logits_NV = penalise_repetition(logits_NV, rows_N, tokens_BL, visible_BL, settings.repetition_penalty)
-            committed_BL, x_hat_BL, confidence_BL = _choose(
-                logits_NV, wanted_BL, scores_BL, count_B, plan, keys_BL, canvas.positions_BL, step, settings
-            )
-            tokens_BL = torch.where(committed_BL, x_hat_BL, tokens_BL)
-            masked_BL = masked_BL & ~committed_BL
-            if settings.tokens_hook:
-                tokens_BL, masked_BL = after_tokens_hook(
-                    settings.tokens_hook, step, tokens_BL, masked_BL, logits_BLV, predictor.mask_token_id
-                )
-        given_back_BL = _after_end(tokens_BL, masked_BL, canvas.masked_BL, settings.end_ids)
-        if settings.end_ids:
-            tokens_BL, masked_BL = tokens_BL.masked_fill(given_back_BL, settings.end_ids[0]), masked_BL & ~given_back_BL
-        committed_BL = committed_BL & ~masked_BL  # a hook may have masked some again
-        yield Step(step, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL, given_back_BL, nfe)
-
-
-def _scores_before(plan: Plan, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int, settings: _Settings) -> torch.Tensor | None:
-    """scores_BL of an order that needs no predictions; None for the others."""
-    if settings.order not in BLIND_ORDERS:
-        return None
-    scores_BL = blind_scores(settings.order, plan.u_BL, settings.draw["seed"], keys_BL, positions_BL)
-    return _disturbed(scores_BL, keys_BL, positions_BL, step, settings)
-
-
-def _choose(
-    logits_NV: torch.Tensor,
-    wanted_BL: torch.Tensor,
-    scores_BL: torch.Tensor | None,
-    count_B: torch.Tensor | None,
-    plan: Plan,
-    keys_BL: torch.Tensor,
-    positions_BL: torch.Tensor,
-    step: int,
-    settings: _Settings,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(committed_BL, x_hat_BL, confidence_BL): the best wanted positions of each row, and a token for each.
-
-    scores_BL, count_B: None where they are still to be read from the predictions.
-    """
-    log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-    keys_N, positions_N = keys_BL[wanted_BL], positions_BL[wanted_BL]
-    reading, bound = (READING[settings.reading[0]], settings.reading[1]) if settings.reading else (None, None)
-    x_hat_N = c_N = None
-    if settings.order == "confidence" or (reading and reading.reads_candidate):
-        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **settings.draw)
-        c_N = confidence(log_p_NV, x_hat_N)
-
-    def on_canvas(values_N: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        return torch.full(wanted_BL.shape, fill, dtype=values_N.dtype, device=values_N.device).masked_scatter(wanted_BL, values_N)
-
-    if scores_BL is None:
-        score_N = c_N if settings.order == "confidence" else (margin if settings.order == "margin" else negative_entropy)(log_p_NV)
-        scores_BL = _disturbed(on_canvas(score_N), keys_BL, positions_BL, step, settings)
-    if count_B is None:
-        read_N = c_N if reading.reads_candidate else -negative_entropy(log_p_NV)
-        best_first_BL = on_canvas(read_N, reading.fill).gather(1, ranked(scores_BL, wanted_BL))
-        count_B = torch.maximum(reading.count(best_first_BL, bound), least(plan))
-    committed_BL = best(scores_BL, wanted_BL, count_B)
-    # Where neither score nor count reads the candidate, tokens are drawn for the committed positions only.
-    kept_N = committed_BL[wanted_BL]
-    if x_hat_N is None:
-        x_hat_K = draw_tokens(logits_NV[kept_N], keys_N[kept_N], positions_N[kept_N], step=step, **settings.draw)
-    else:
-        x_hat_K = x_hat_N[kept_N]
-    x_hat_BL = torch.zeros(wanted_BL.shape, dtype=torch.int64, device=logits_NV.device).masked_scatter(committed_BL, x_hat_K)
-    confidence_BL = torch.zeros(wanted_BL.shape, device=logits_NV.device)
-    return committed_BL, x_hat_BL, confidence_BL.masked_scatter(committed_BL, confidence(log_p_NV[kept_N], x_hat_K))
-
-
-def _disturbed(scores_BL: torch.Tensor, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int, settings: _Settings) -> torch.Tensor:
-    """Gumbel noise on score / order_temperature: the best k are k draws without replacement from its softmax."""
-    if settings.order_temperature == 0:
-        return scores_BL
-    noise_BL = counter_gumbel(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, positions_BL, _ORDER_NOISE)
-    return scores_BL / settings.order_temperature + noise_BL
-
-
-def _after_end(tokens_BL: torch.Tensor, masked_BL: torch.Tensor, fillable_BL: torch.Tensor, end_ids: tuple[int, ...]) -> torch.Tensor:
-    """Masked positions of rows whose first filled-in end token has nothing masked left of it."""
-    if not end_ids:
-        return torch.zeros_like(masked_BL)
-    ends = torch.tensor(end_ids, dtype=tokens_BL.dtype, device=tokens_BL.device)
-    is_end_BL = torch.isin(tokens_BL, ends) & fillable_BL & ~masked_BL
-    # First True of each row; a row without one has all zeros, and argmax 0.
-    first_end_B = torch.where(is_end_BL.any(dim=1), is_end_BL.to(torch.int8).argmax(dim=1), masked_BL.shape[1])
-    first_masked_B = torch.where(masked_BL.any(dim=1), masked_BL.to(torch.int8).argmax(dim=1), -1)
-    return masked_BL & (first_end_B < first_masked_B)[:, None]
+def _refuse_block_model(predictor: Predictor, what: str) -> None:
+    if is_block_model(predictor):
+        raise ValueError(f"{what} needs a bidirectional model; this one has attention {predictor.attention!r}")
 
 
 @dataclass(frozen=True)

@@ -9,47 +9,53 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_GAP = re.compile(r"\[\[MASK:([0-9]+)\]\]")
+_GAP = re.compile(r"\[\[MASK:([0-9]+)(?:-([0-9]+))?\]\]")
 _OPENING = re.compile(r"\[\[\s*MASK", re.IGNORECASE)
 _UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character whose last bytes are missing
 
 
-def parse_gaps(text: str) -> list[str | int]:
+def parse_gaps(text: str) -> list[str | int | tuple[int, int]]:
     """Text around gaps and the lengths of the gaps in tokens: "a[[MASK:3]]b" is ["a", 3, "b"]; empty text is left out.
+    [[MASK:4-24]] is a gap whose length is chosen between two bounds, here (4, 24).
 
     Raises ValueError, with the position in the text, for a malformed gap, a gap of no tokens, and a text without a gap.
     """
-    parts: list[str | int] = []
+    parts: list[str | int | tuple[int, int]] = []
     end = 0
     for opening in _OPENING.finditer(text):
         gap = _GAP.match(text, opening.start())
         if gap is None:
             shown = text[opening.start() : opening.start() + 20]
-            raise ValueError(f"malformed gap at character {opening.start() + 1}: {shown!r}; write [[MASK:24]] for a gap of 24 tokens")
+            raise ValueError(f"malformed gap at character {opening.start() + 1}: {shown!r}; write [[MASK:24]] for a gap of 24 tokens, [[MASK:4-24]] for 4 to 24")
         if int(gap[1]) < 1:
             raise ValueError(f"gap at character {gap.start() + 1} is {gap[0]}; a gap has at least 1 token")
-        parts += [text[end : gap.start()], int(gap[1])]
+        if gap[2] is not None and int(gap[2]) < int(gap[1]):
+            raise ValueError(f"gap at character {gap.start() + 1} is {gap[0]}; its bounds must rise")
+        parts += [text[end : gap.start()], int(gap[1]) if gap[2] is None else (int(gap[1]), int(gap[2]))]
         end = gap.end()
     if end == 0:
         raise ValueError("no gap in the text; write [[MASK:24]] where 24 tokens are to be filled in")
     return [part for part in [*parts, text[end:]] if part != ""]
 
 
-def encode_row(tokenizer: Any, parts: Sequence[str | int]) -> tuple[list[int | None], int]:
-    """(row, number of start tokens): the row of tokens, None in gaps, special tokens nowhere but in front.
+def encode_row(tokenizer: Any, parts: Sequence[str | int | tuple[int, int]]) -> tuple[list[int | None | tuple[int, int]], int]:
+    """(row, number of start tokens): the row of tokens, None in gaps, special tokens nowhere but in front. A gap whose length is to
+    be chosen is one item, its bounds.
 
     The start token (bos, else eos) stands in front when the tokenizer puts its bos in front of every text, and when nothing else
     would: a model with alignment `shift` cannot predict the first token of a row.
     Raises ValueError when a start token is needed and the tokenizer has none.
     """
-    row: list[int | None] = []
+    row: list[int | None | tuple[int, int]] = []
     for part in parts:
         if isinstance(part, int):
             row += [None] * part
+        elif isinstance(part, tuple):
+            row.append(part)
         else:
             row += _encode_inside(tokenizer, part) if row else tokenizer.encode(part, add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    if row and row[0] is not None and (bos is None or tokenizer.encode("a")[0] != bos or row[0] == bos):
+    if row and isinstance(row[0], int) and (bos is None or tokenizer.encode("a")[0] != bos or row[0] == bos):
         return row, 0
     start = bos if bos is not None else tokenizer.eos_token_id
     if start is None:

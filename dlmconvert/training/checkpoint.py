@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class CheckpointFolder:
         self.keep = keep
         self.warn = warn
         self._damaged: set[int] = set()
+        self._checked: set[int] = set()  # found whole by this process: gigabytes are not hashed twice
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -52,13 +54,7 @@ class CheckpointFolder:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """`write` with the tensors in one file."""
-        from safetensors.torch import save_file
-
-        def payload(folder: Path) -> None:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
-            save_file(tensors, folder / "tensors.safetensors")
-
-        return self.write(checkpoint.step, checkpoint.state, payload)
+        return self.write(checkpoint.step, checkpoint.state, lambda folder: write_tensors(folder, checkpoint.tensors))
 
     def write(self, step: int, state: dict[str, Any], payload: Callable[[Path], None], ranks: Any = None) -> Path:
         """Write, mark, rename, prune. On failure the temporary folder is removed and older checkpoints stand.
@@ -67,22 +63,42 @@ class CheckpointFolder:
         does the rest. Raises UserError when the disk is full or not writable.
         """
         ranks = ranks or Solo()
+        with self.whole_or_nothing(step, ranks):
+            temporary = self.open(step, ranks)
+            if temporary is not None:
+                payload(temporary)
+                ranks.barrier()
+                if ranks.rank == 0:
+                    self.publish(step, state, temporary)
+                ranks.barrier()
+        return self.path(step)
+
+    def open(self, step: int, ranks: Any) -> Path | None:
+        """An empty folder that all ranks write their parts into; None when that step is saved already. Collective."""
         final = self.path(step)
         if ranks.share((final / COMPLETE).is_file() and step not in self._damaged):
-            return final
-        temporary = self.folder / f".writing-{final.name}"
+            return None
+        temporary = self._temporary(step)
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        ranks.barrier()
+        return temporary
+
+    def publish(self, step: int, state: dict[str, Any], temporary: Path) -> None:
+        """All parts are written: mark, rename, prune. Rank 0 alone."""
+        self._publish(step, state, temporary, self.path(step))
+        self._prune()
+
+    @contextmanager
+    def whole_or_nothing(self, step: int, ranks: Any) -> Iterator[None]:
+        """Whatever fails inside leaves no half-written folder; with several ranks, of which others may still be writing, `clear_unfinished`
+        removes it when the run starts again. Raises UserError for a disk that is full or not writable."""
         try:
-            if ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            ranks.barrier()
-            payload(temporary)
-            ranks.barrier()
-            if ranks.rank == 0:
-                self._publish(step, state, temporary, final)
+            yield
         except Exception as error:
-            if ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if ranks.count == 1:
+                self.discard(step)
             if isinstance(error, OSError) or any(words in str(error) for words in _DISK_WORDS):
                 kept = self.steps()
                 stands = f"the checkpoint of step {kept[-1]} stands" if kept else "no checkpoint was written yet"
@@ -93,10 +109,13 @@ class CheckpointFolder:
                     exit_code=EXIT_FAILED,
                 ) from error
             raise
-        if ranks.rank == 0:
-            self._prune()
-        ranks.barrier()
-        return final
+
+    def discard(self, step: int) -> None:
+        """Remove what was written of a checkpoint that will not be whole."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".writing-{self.path(step).name}"
 
     def _publish(self, step: int, state: dict[str, Any], temporary: Path, final: Path) -> None:
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
@@ -116,11 +135,13 @@ class CheckpointFolder:
         step = self.newest_whole()
         return None if step is None else self.load(step)
 
-    def newest_whole(self) -> int | None:
-        """The newest checkpoint whose files are what COMPLETE says; damaged ones are passed over with a warning."""
-        for step in reversed(self.steps()):
-            damage = self.damage(step)
+    def newest_whole(self, before: int | None = None) -> int | None:
+        """The newest checkpoint (of a step below `before`) whose files are what COMPLETE says; damaged ones are passed over with a
+        warning."""
+        for step in reversed([step for step in self.steps() if before is None or step < before]):
+            damage = None if step in self._checked else self.damage(step)
             if damage is None:
+                self._checked.add(step)
                 return step
             self._damaged.add(step)
             self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): falling back to the one before it")
@@ -170,6 +191,13 @@ class CheckpointFolder:
         # Unmark first: a removal that is killed half-way must not leave a folder that looks whole.
         (self.path(step) / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """tensors.safetensors, which `CheckpointFolder.load` reads."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
 
 
 def file_hash(path: Path) -> str:

@@ -24,8 +24,10 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder
+from dlmconvert.training.deepspeed_config import MIN_LOSS_SCALE
 from dlmconvert.training.engine import enable_gradient_checkpointing, peak_resident_bytes
 from dlmconvert.training.optimizer import make_adamw, set_learning_rate
+from dlmconvert.training.saving import host_copy
 
 TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
 _linear = torch.nn.functional.linear
@@ -105,6 +107,27 @@ def _announce_trained_rows(model: Any) -> None:
                 deepspeed.zero.register_external_parameter(layer, parameter)
 
 
+class _WrittenLater:
+    """In place of DeepSpeed's writer of checkpoint files: copies of what it is given, which `write` puts into the files.
+
+    DeepSpeed's own overlapped writers need a compiled extension and pinned memory; this seam is the one that they use.
+    """
+
+    def __init__(self, real: Any):
+        self._real = real
+        self._files: list[tuple[Any, str]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._files.append((host_copy(state_dict), path))
+
+    def write(self) -> None:
+        for state_dict, path in self._files:
+            self._real.save(state_dict, path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
 class DeepSpeedEngine:
     """ranks: who trains together. config: the merged DeepSpeed JSON (`deepspeed_config`). Collective where it says so."""
 
@@ -123,10 +146,13 @@ class DeepSpeedEngine:
         rates: dict[str, float] | None = None,
     ):
         deepspeed = load_deepspeed(ranks)
+        if precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise UserError(f"engine.precision=fp16: DeepSpeed does not take it on this {device.type}", "", "set engine.precision=bf16 (or engine.name=single)")
         self.ranks, self.precision, self.step = ranks, precision, 0
         self.device = torch.device("cuda", ranks.local_rank) if device.type == "cuda" else device
         self.zero_stage = config["zero_optimization"]["stage"]
         self.module = denoiser.train()
+        self.model = denoiser.model
         if gradient_checkpointing:
             enable_gradient_checkpointing(denoiser.model)
         self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
@@ -137,12 +163,15 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config, dist_init_required=False)
         if self.zero_stage == 3:
             _announce_trained_rows(denoiser)
+        if precision == "fp16":
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop decides when to stop
+        self.overflowed = False
         self._accumulation = config["gradient_accumulation_steps"]
         self._backwards = 0
         self.denoiser = self._engine  # called like the Denoiser that it wraps
 
     def autocast(self):
-        return nullcontext()  # bf16 is the dtype of the weights; their masters are float32
+        return nullcontext()  # bf16 or fp16 is the dtype of the weights; their masters are float32
 
     def backward(self, loss: torch.Tensor) -> None:
         if self._backwards:
@@ -150,22 +179,47 @@ class DeepSpeedEngine:
         self._engine.backward(loss * (self.ranks.count * self._accumulation))
         self._backwards += 1
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before the backward pass; None where nothing is (fp16 alone scales)."""
+        return float(self._engine.optimizer.loss_scaler.cur_scale) if self.precision == "fp16" else None
+
     def update(self, learning_rate: float) -> float:
-        """Clip, step, clear. Returns the global gradient norm before clipping; a non-finite one updates nothing. Collective."""
+        """Clip, step, clear; as in the single engine. Collective."""
         assert self._backwards == self._accumulation, (self._backwards, self._accumulation)
         self._backwards = 0
+        self.step += 1
+        scale = self.loss_scale
         set_learning_rate(self._engine.optimizer, learning_rate)
         if self.zero_stage == 0:  # DeepSpeed clips with torch here, and neither tells the norm nor looks at it
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
             if not math.isfinite(norm):
+                self._leave_out()
                 return norm
         self._engine.step()
         if self.zero_stage > 0:
             norm = float(self._engine.get_global_grad_norm())
             if norm < 0 or not self._engine.was_step_applied():
-                return float("inf")
-        self.step += 1
+                norm = float("inf")
+        self.overflowed = scale is not None and scale > MIN_LOSS_SCALE and not math.isfinite(norm)
         return norm
+
+    def _leave_out(self) -> None:
+        # Stage 0 would update: everything else that a step does, without it.
+        optimizer = self._engine.optimizer
+        optimizer.step = lambda *args, **kwargs: None
+        try:
+            self._engine.step()
+        finally:
+            del optimizer.step
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Each trained parameter's gradient of the step under way, whole and before clipping (None: it had none). Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.parameters.items():
+            whole = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+            yield name, None if whole is None else whole.float() / (self.loss_scale or 1.0)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each trained parameter whole, float32, one at a time. Collective."""
@@ -190,22 +244,34 @@ class DeepSpeedEngine:
         self.ranks.barrier()
         return result
 
-    def save(self, checkpoints: CheckpointFolder, step: int, state: dict[str, Any]) -> None:
-        """Every rank writes its part; rank 0 marks the checkpoint as whole. Collective."""
-
-        def payload(folder: Path) -> None:
+    def capture(self, folder: Path, overlaps: bool) -> Callable[[], None]:
+        """What writes this rank's part of a checkpoint into a folder. overlaps: it may run in another thread while training goes on,
+        because everything is copied to host memory now. Collective; what it returns is not."""
+        real = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = later = _WrittenLater(real) if overlaps else real
+        try:
             self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self.has_frozen)
+        finally:
+            self._engine.checkpoint_engine = real
+        return later.write if overlaps else lambda: None
 
-        checkpoints.write(step, {**state, "processes": self.ranks.count, "zero_stage": self.zero_stage}, payload, self.ranks)
+    def state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint holds beside `capture`."""
+        return {"processes": self.ranks.count, "zero_stage": self.zero_stage}
 
     def newest(self, checkpoints: CheckpointFolder) -> Checkpoint | None:
         """The newest whole checkpoint, as rank 0 finds it. Collective."""
         step = self.ranks.share(checkpoints.newest_whole() if self.ranks.rank == 0 else None)
-        return None if step is None else Checkpoint(step, {}, checkpoints.state(step))
+        return None if step is None else self.at(checkpoints, step)
 
-    def restore(self, checkpoints: CheckpointFolder, checkpoint: Checkpoint) -> None:
+    def at(self, checkpoints: CheckpointFolder, step: int) -> Checkpoint:
+        """A whole checkpoint; its tensors stay in its files."""
+        return Checkpoint(step, {}, checkpoints.state(step))
+
+    def restore(self, checkpoints: CheckpointFolder, checkpoint: Checkpoint, scratch: Path | None = None) -> None:
         """Weights, optimizer and step of a checkpoint: bit for bit for the same number of processes, through DeepSpeed's universal
-        form for another. Collective. Raises UserError for a checkpoint of another ZeRO stage."""
+        form for another, which is put into `scratch` (default: beside the checkpoints) and taken away again. Collective. Raises UserError
+        for a checkpoint of another ZeRO stage."""
         stage, processes = checkpoint.state.get("zero_stage"), checkpoint.state.get("processes")
         folder = checkpoints.path(checkpoint.step)
         if stage != self.zero_stage:
@@ -214,7 +280,7 @@ class DeepSpeedEngine:
         if processes == self.ranks.count or self.zero_stage == 0:
             self._load(folder, TAG)
         else:
-            universal = checkpoints.folder / ".universal"
+            universal = (scratch or checkpoints.folder) / ".universal"
             if self.ranks.rank == 0:
                 to_universal(folder / TAG, universal / TAG)
             self.ranks.barrier()

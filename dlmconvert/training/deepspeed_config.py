@@ -3,17 +3,21 @@ contradict it. Plain data; nothing is imported."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from dlmconvert.errors import UserError
 
 NO_CLIPPING = 1e30  # DeepSpeed computes the gradient norm only when it clips
+# Of fp16, in both engines: halved at every overflow, doubled after so many steps without one.
+INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE = 2.0**16, 2000, 1.0
 _FROM = {  # where a derived value comes from, for the message about a contradiction
     "train_batch_size": "rows_per_step",
     "train_micro_batch_size_per_gpu": "micro_batch",
     "gradient_accumulation_steps": "rows_per_step, micro_batch and the number of processes",
     "gradient_clipping": "clip_norm",
     "bf16": "engine.precision",
+    "fp16": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
     "zero_optimization.offload_optimizer": "engine.offload_optimizer",
     "zero_optimization.offload_param": "engine.offload_parameters",
@@ -21,7 +25,6 @@ _FROM = {  # where a derived value comes from, for the message about a contradic
 _OURS = {
     "optimizer": "the optimizer is AdamW with the stage's betas, adam_eps and weight_decay",
     "scheduler": "the learning rate follows the stage's schedule",
-    "fp16": "engine.precision is fp32 or bf16",
     "torch_autocast": "engine.precision decides the precision",
 }
 
@@ -50,6 +53,7 @@ def derived_config(
         "gradient_clipping": NO_CLIPPING if clip_norm is None else clip_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": _fp16() if precision == "fp16" else {"enabled": False},
         # torch's own AdamW, in the ZeRO stages and on the CPU: nothing is compiled when a run starts.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -57,9 +61,15 @@ def derived_config(
     }
 
 
+def _fp16() -> dict[str, Any]:
+    power = round(math.log2(INITIAL_LOSS_SCALE))
+    # loss_scale 0 is dynamic. Without hysteresis every overflow halves the scale, as torch's GradScaler does.
+    return {"enabled": True, "loss_scale": 0, "initial_scale_power": power, "loss_scale_window": LOSS_SCALE_WINDOW, "hysteresis": 1, "min_loss_scale": MIN_LOSS_SCALE}
+
+
 def effective_stage(zero_stage: int, precision: str) -> int:
-    """bf16 under stage 0 would take another optimizer and another curve than stages 1 to 3: it runs as stage 1."""
-    return 1 if precision == "bf16" and zero_stage == 0 else zero_stage
+    """bf16 and fp16 under stage 0 would take another optimizer and another curve than stages 1 to 3: they run as stage 1."""
+    return 1 if precision != "fp32" and zero_stage == 0 else zero_stage
 
 
 def merged_config(derived: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,30 @@
 """Where forward, backward and update happen. The loop knows this seam and nothing behind it.
 
-An engine has: `denoiser`, `step` (updates done), `backward(loss)`, `update(learning_rate) -> gradient norm`, `autocast()`, `device`,
-`ranks` (who trains together, see ranks.py), `save`, `newest` and `restore` (checkpoints), `plain(build)` (the trained model, whole).
+An engine has: `denoiser`, `step` (steps done, left-out ones among them), `backward(loss)`, `update(learning_rate) -> gradient norm`,
+`overflowed` and `loss_scale` (fp16), `autocast()`, `device`, `ranks` (who trains together, see ranks.py), `capture`, `state`, `newest`
+and `restore` (checkpoints), `gradients()` (of the step under way), `plain(build)` (the trained model, whole).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
-from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder
+from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder, write_tensors
+from dlmconvert.training.deepspeed_config import INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE
 from dlmconvert.training.optimizer import make_adamw, set_learning_rate
 from dlmconvert.training.ranks import Solo
 
 
 class SingleDeviceEngine:
-    """One CPU, CUDA or Apple device. Weights and optimizer are float32; `bf16` runs forward and backward under autocast.
+    """One CPU, CUDA or Apple device. Weights and optimizer are float32; `bf16` and `fp16` run forward and backward under autocast,
+    `fp16` with dynamic loss scaling (arXiv 1710.03740).
 
     compile: torch.compile the model's forward (the mask and the number of targets vary, so shapes are dynamic).
     rates: see `make_adamw`.
@@ -42,6 +47,7 @@ class SingleDeviceEngine:
         self.ranks = Solo()
         self.device = device
         self.denoiser = denoiser.to(device).train()
+        self.model = denoiser.model
         self.precision = precision
         self.clip_norm = clip_norm
         self.step = 0
@@ -49,27 +55,51 @@ class SingleDeviceEngine:
             enable_gradient_checkpointing(denoiser.model)
         self.optimizer = make_adamw(denoiser, betas=betas, eps=eps, weight_decay=weight_decay, rates=rates)
         self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        scales = {"init_scale": INITIAL_LOSS_SCALE, "growth_interval": LOSS_SCALE_WINDOW}
+        self._scaler = torch.amp.GradScaler(device.type, **scales) if precision == "fp16" else None
+        self.overflowed = False
         if compile:
             denoiser.model.compile(dynamic=True)
 
     def autocast(self):
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before the backward pass; None where nothing is (fp16 alone scales)."""
+        return None if self._scaler is None else self._scaler.get_scale()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def update(self, learning_rate: float) -> float:
-        """Clip, step, clear. Returns the global gradient norm before clipping; a non-finite one updates nothing."""
+        """Clip, step, clear. Returns the global gradient norm before clipping; a non-finite one updates nothing.
+
+        `overflowed` then says whether only the loss scale was too high, which is halved. `step` counts the step in every case: the
+        schedule and the rows go by it, AdamW's own counter by updates.
+        """
         parameters = list(self.parameters.values())
+        scale = self.loss_scale
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm if self.clip_norm is not None else float("inf")))
-        if norm == norm and norm != float("inf"):
+        is_finite = math.isfinite(norm)
+        self.overflowed = scale is not None and scale > MIN_LOSS_SCALE and not is_finite
+        if is_finite:
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
-            self.step += 1
+        if self._scaler is not None:
+            self._scaler.update()
+        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Each trained parameter's gradient of the step under way, before clipping (None: it had none)."""
+        for name, parameter in self.parameters.items():
+            yield name, None if parameter.grad is None else parameter.grad / (self.loss_scale or 1.0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Trainable parameters and optimizer moments, by name."""
@@ -96,14 +126,29 @@ class SingleDeviceEngine:
         saved["state"] = {index: moments[names[id(p)]] for index, p in enumerate(order) if names[id(p)] in moments}
         self.optimizer.load_state_dict(saved)
 
-    def save(self, checkpoints: CheckpointFolder, step: int, state: dict[str, Any]) -> None:
-        checkpoints.save(Checkpoint(step, self.tensors(), state))
+    def capture(self, folder: Path, overlaps: bool) -> Callable[[], None]:
+        """What writes this process's part of a checkpoint into a folder. overlaps: it may run in another thread while training goes
+        on, because everything is copied to host memory now."""
+        tensors = self.tensors()
+        if overlaps:
+            tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        return lambda: write_tensors(folder, tensors)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint holds beside `capture`."""
+        return {} if self._scaler is None else {"loss_scaler": self._scaler.state_dict()}
 
     def newest(self, checkpoints: CheckpointFolder) -> Checkpoint | None:
         return checkpoints.load_newest()
 
-    def restore(self, checkpoints: CheckpointFolder, checkpoint: Checkpoint) -> None:
+    def at(self, checkpoints: CheckpointFolder, step: int) -> Checkpoint:
+        return checkpoints.load(step)
+
+    def restore(self, checkpoints: CheckpointFolder, checkpoint: Checkpoint, scratch: Path | None = None) -> None:
+        """Weights, optimizer, loss scale and step of a checkpoint, bit for bit."""
         self.load_tensors(checkpoint.tensors, checkpoint.step)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(checkpoint.state["loss_scaler"])
 
     def plain(self, build: Callable[[], Denoiser]) -> Denoiser:
         """The trained model as an ordinary float32 one; here it is one already."""

@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from dlmconvert.diffusion.attention import AttentionContext
 from dlmconvert.diffusion.schedules import open_share
-from dlmconvert.errors import EXIT_FAILED, SavedAndLeft, UserError
+from dlmconvert.errors import SavedAndLeft, UserError
 from dlmconvert.training.checkpoint import CheckpointFolder
 from dlmconvert.training.engine import SingleDeviceEngine
-from dlmconvert.training.losses import LoopSettings, batch_loss, context_of
+from dlmconvert.training.losses import LoopSettings, ar_weight_at, batch_loss, context_of
 from dlmconvert.training.metrics import Metrics
+from dlmconvert.training.nonfinite import LeftOut, MicroBatch, Problem, problem_of, too_many
 from dlmconvert.training.ranks import shares
+from dlmconvert.training.saving import Saving
+from dlmconvert.training.throughput import Speed
 
 
 class Stop(Protocol):
@@ -46,74 +51,156 @@ def train(
     validate: Callable[[], dict[str, float]],
     stop: Stop,
     identity: str,
+    speed: Speed | None = None,
+    reproduce: str = "dlmconvert replay RUN {step}",
+    section: str = "train",
 ) -> None:
     """Run to `settings.steps`, from the newest checkpoint when there is one.
 
-    identity: hash of everything that the numbers depend on; a checkpoint of another identity is refused.
-    Raises SavedAndLeft after a signal, UserError on a non-finite loss or a full disk.
+    identity: hash of everything that the numbers depend on; a checkpoint of another identity is refused. reproduce: the command that
+    runs one step alone, with `{step}` in it. section: of the recipe, for messages.
+    Raises SavedAndLeft after a signal, UserError when too many steps in a row are not finite, or on a full disk.
     """
-    ranks = engine.ranks
+    ranks, speed = engine.ranks, speed or Speed()
     if ranks.rank == 0:
         checkpoints.clear_unfinished()
-    resume(engine, checkpoints, metrics, identity)
-    last_save = time.monotonic()
-    # Every rank takes the same number of rows of each step, in order; which rows those are decides no number.
-    share = shares(settings.rows_per_step, ranks.count)
-    first = ranks.rank * share
-    num_micro_batches = math.ceil(share / settings.micro_batch) * ranks.count
-    for step in range(engine.step, settings.steps):
-        started = time.monotonic()
-        # Only adapters may have dropout; its draws are keyed by the step like all others.
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        context = context_of(settings, step)
-        num_eligible = stream.num_eligible(step)
-        num_masked = stream.num_masked(step) if settings.normaliser == "masked" else None
-        totals: dict[str, float] = {}
-        for start in range(first, first + share, settings.micro_batch):
-            batch = stream.batch(step, start, min(start + settings.micro_batch, first + share))
-            loss, sums = batch_loss(engine, batch, context, settings, num_eligible, num_micro_batches, num_masked)
-            require_finite(sums["loss"], "loss", step, batch, checkpoints)
-            engine.backward(loss)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-        norm = engine.update(settings.learning_rate_at(step))
-        require_finite(norm, "gradient norm", step, batch, checkpoints)
+    left_out, balance = resume(engine, checkpoints, metrics, identity)
+    saving = Saving(checkpoints, ranks, settings.overlap_saving)
+    last_save, is_due = time.monotonic(), False
+    try:
+        for step in range(engine.step, settings.steps):
+            started, done = time.monotonic(), step + 1
+            part = accumulate(engine, stream, settings, step, balance)
+            overdue = settings.save_minutes is not None and ranks.rank == 0 and started - last_save > 60 * settings.save_minutes
+            said = {"stop": stop.requested is not None, "overdue": overdue, "broken": bool(part.broken), **saving.flags()}
+            totals = ranks.sum(part.sums | {name: float(value) for name, value in said.items()})  # all ranks decide alike
+            stops, saves = totals.pop("stop") > 0, totals.pop("overdue") > 0
+            saving.advance(totals.pop("written"), totals.pop("failed"))
+            is_broken = totals.pop("broken") > 0
+            norm = engine.update(settings.learning_rate_at(step))
+            masked = max(1.0, totals.pop("masked"))
+            num_tokens = settings.rows_per_step * part.row_length
+            speed.add(time.monotonic() - started, num_tokens, masked)
 
-        done = step + 1
-        overdue = settings.save_minutes is not None and ranks.rank == 0 and time.monotonic() - last_save > 60 * settings.save_minutes
-        totals = ranks.sum(totals | {"stop": float(stop.requested is not None), "overdue": float(overdue)})
-        stops, saves = totals.pop("stop") > 0, totals.pop("overdue") > 0  # all ranks decide alike
-        masked = max(1.0, totals.pop("masked"))
-        totals["cross_entropy"] = totals.pop("ce_sum") / masked
-        totals["masked_fraction"] = masked / num_eligible
-        totals["gradient_norm"] = norm
-        seconds = time.monotonic() - started
-        last = {
-            "learning_rate": settings.learning_rate_at(step),
-            "open_ratio": open_share(context, batch.x_0_BL.shape[1]),
-            "tokens_seen": done * settings.rows_per_step * batch.x_0_BL.shape[1],
-            "tokens_per_second": settings.rows_per_step * batch.x_0_BL.shape[1] / seconds,
-            "seconds_per_step": seconds,
-            "memory_bytes": engine.memory_bytes(),
-        }
-        metrics.record(done, totals, last, is_final=done == settings.steps)
-        if settings.validate_steps and (done % settings.validate_steps == 0) and done < settings.steps:
-            engine.denoiser.eval()
-            metrics.write({"step": done, **{f"validation_{name}": value for name, value in validate().items()}})
-            engine.denoiser.train()
-        if stops or saves or done % settings.save_steps == 0 or done == settings.steps:
-            engine.save(checkpoints, done, {"identity": identity, "metrics": metrics.state()})
-            last_save = time.monotonic()
-        if stops and done < settings.steps:
-            raise SavedAndLeft(done, stop.requested or "a signal to another rank")
+            problem = None
+            if found := problem_of(is_broken, norm, engine.overflowed):
+                problem = Problem(*found, broken_micro_batches(engine, stream, settings, step, part.broken) if is_broken else ())
+            left_out = left_out.after(problem)
+            totals["cross_entropy"] = totals.pop("ce_sum") / masked
+            totals["masked_fraction"] = masked / part.num_eligible
+            totals["gradient_norm"] = norm
+            balance = balance if problem else balance_of(totals, totals["cross_entropy"], balance)
+
+            def last(step=step, part=part, left_out=left_out, num_tokens=num_tokens) -> dict[str, Any]:
+                scale = {} if engine.loss_scale is None else {"loss_scale": engine.loss_scale, "overflow_steps": left_out.overflows}
+                return {
+                    "learning_rate": settings.learning_rate_at(step),
+                    "open_ratio": open_share(part.context, part.row_length),
+                    "tokens_seen": (step + 1) * num_tokens,
+                    "skipped_steps": left_out.nonfinite,
+                    **scale,
+                    **speed.line(settings.steps - step - 1),
+                    "memory_bytes": engine.memory_bytes(),
+                }
+
+            if problem is not None:
+                metrics.write(problem.line(done, left_out))
+            metrics.record(done, None if problem else totals, last, is_final=done == settings.steps)
+            if left_out.in_a_row > settings.skip_nonfinite:
+                saving.finish()
+                if ranks.rank > 0:
+                    ranks.barrier()  # rank 0 says it and leaves, which ends this
+                raise too_many(problem, done, left_out, settings.skip_nonfinite, checkpoints.steps(), reproduce.format(step=done), section)
+            if settings.validate_steps and (done % settings.validate_steps == 0) and done < settings.steps:
+                engine.denoiser.eval()
+                metrics.write({"step": done, **{f"validation_{name}": value for name, value in validate().items()}})
+                engine.denoiser.train()
+            leaves = stops or done == settings.steps
+            # While steps are left out nothing new is saved: the checkpoints from before stay.
+            is_due = is_due or saves or done % settings.save_steps == 0
+            if leaves or (is_due and not left_out.in_a_row):
+                saving.begin(engine, done, {"identity": identity, "metrics": metrics.state(), "left_out": left_out.to_dict(), "balance": balance})
+                last_save, is_due = time.monotonic(), False
+            if leaves:
+                saving.finish()
+            if stops and done < settings.steps:
+                raise SavedAndLeft(done, stop.requested or "a signal to another rank")
+    finally:
+        saving.abandon()
 
 
-def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: Metrics, identity: str) -> None:
-    """Take up the newest whole checkpoint, or start from nothing (and forget lines of a run that never saved)."""
+@dataclass(frozen=True)
+class Part:
+    """What this rank has summed up of a step. broken: its micro-batches, by number, whose loss is not finite."""
+
+    sums: dict[str, float]
+    broken: list[int]
+    context: AttentionContext
+    row_length: int
+    num_eligible: int
+
+
+def accumulate(engine: SingleDeviceEngine, stream: Stream, settings: LoopSettings, step: int, balance: float | None = None) -> Part:
+    """Forward and backward of this rank's rows of a step; the gradient waits in the engine. Collective where the engine is.
+
+    balance: see `ar_weight_at`.
+    """
+    # Only adapters may have dropout; its draws are keyed by the step like all others.
+    torch.manual_seed(settings.seed * 1_000_003 + step)
+    context = context_of(settings, step)
+    num_eligible = stream.num_eligible(step)
+    num_masked = stream.num_masked(step) if settings.normaliser == "masked" else None
+    starts = micro_batches(settings, engine.ranks.rank, engine.ranks.count)
+    ar_weight = ar_weight_at(settings, step, balance)
+    sums: dict[str, float] = {}
+    broken = []
+    for number, (start, stop) in enumerate(starts):
+        batch = stream.batch(step, start, stop)
+        loss, values = batch_loss(engine, batch, context, settings, num_eligible, len(starts) * engine.ranks.count, num_masked, ar_weight)
+        if not math.isfinite(values["loss"]):
+            # Through the sum over ranks, every rank sees that this step must not be made.
+            loss = loss * float("nan")
+            broken.append(number)
+        engine.backward(loss)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return Part(sums, broken, context, batch.x_0_BL.shape[1], num_eligible)
+
+
+def balance_of(totals: dict[str, float], cross_entropy: float, before: float | None) -> float | None:
+    """CE of masked tokens / CE of next tokens on the clean copy, where there is such a loss: see `ar_weight_at`."""
+    return cross_entropy / totals["ar_nll"] if totals.get("ar_nll") else before
+
+
+def micro_batches(settings: LoopSettings, rank: int, count: int) -> list[tuple[int, int]]:
+    """(start, stop) of a rank's rows in the global batch. Every rank takes the same number of rows of each step, in order; which rows
+    those are decides no number."""
+    share = shares(settings.rows_per_step, count)
+    first = rank * share
+    return [(start, min(start + settings.micro_batch, first + share)) for start in range(first, first + share, settings.micro_batch)]
+
+
+def broken_micro_batches(engine: SingleDeviceEngine, stream: Stream, settings: LoopSettings, step: int, mine: list[int]) -> list[MicroBatch]:
+    """Of all ranks: those whose loss is not finite. Collective."""
+    ranks = engine.ranks
+    every = [(rank, number, *rows) for rank in range(ranks.count) for number, rows in enumerate(micro_batches(settings, rank, ranks.count))]
+    flags = ranks.sum({f"{rank} {number}": float(rank == ranks.rank and number in mine) for rank, number, _, _ in every})
+    return [
+        MicroBatch(rank, number, start, stop, stream.batch(step, start, stop).row_ids)
+        for rank, number, start, stop in every
+        if flags[f"{rank} {number}"]
+    ]
+
+
+def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: Metrics, identity: str) -> tuple[LeftOut, float | None]:
+    """Take up the newest whole checkpoint, or start from nothing (and forget lines of a run that never saved).
+
+    Returns what was left out before, and the balance of the two losses at the last step.
+    """
     checkpoint = engine.newest(checkpoints)
     if checkpoint is None:
         metrics.resume({"sums": {}, "num_steps": 0}, 0)
-        return
+        return LeftOut(), None
     if checkpoint.state["identity"] != identity:
         raise UserError(
             f"{checkpoints.folder} belongs to another recipe, model or text than the one asked for",
@@ -122,15 +209,4 @@ def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: M
         )
     engine.restore(checkpoints, checkpoint)
     metrics.resume(checkpoint.state["metrics"], checkpoint.step)
-
-
-def require_finite(value: float, name: str, step: int, batch: Any, checkpoints: CheckpointFolder) -> None:
-    if math.isfinite(value):
-        return
-    kept = checkpoints.steps()
-    raise UserError(
-        f"the {name} is {value} at step {step + 1}; the update was not made",
-        f"rows {batch.row_ids[:4]}...; newest checkpoint: " + (f"step {kept[-1]}" if kept else "none"),
-        "lower the learning rate or lengthen the warm-up (--fresh starts anew beside this run)",
-        exit_code=EXIT_FAILED,
-    )
+    return LeftOut(**checkpoint.state.get("left_out", {})), checkpoint.state.get("balance")

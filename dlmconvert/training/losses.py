@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from dlmconvert.diffusion.attention import CAUSAL, AttentionContext
-from dlmconvert.diffusion.objective import cross_entropy, denoising_loss, token_weights
-from dlmconvert.diffusion.schedules import attention_at
+from dlmconvert.diffusion.objective import denoising_loss, token_weights
+from dlmconvert.diffusion.alignment import predictable
+from dlmconvert.diffusion.schedules import attention_at, block_length_at
+from dlmconvert.diffusion.streams import block_numbers
 from dlmconvert.training.engine import SingleDeviceEngine, batch_to
 from dlmconvert.training.optimizer import learning_rate
 
@@ -19,7 +21,9 @@ class LoopSettings:
     """Plain values of one stage. Units: steps are optimizer steps, rates are per update.
 
     causal: the AR objective (no annealing). anneal_steps: 1 opens everything at once. anneal: the path there, which for `window`
-    depends on the row_length. cart_p: of weight `cart` only.
+    depends on the row_length. cart_p: of weight `cart` only. pattern, block_stages: of block models, see `schedules.block_length_at`.
+    ar_weight, ar_schedule: of the next-token loss on the clean copy, see `ar_weight_at`. skip_nonfinite: steps in a row that may be left out because something is
+    not finite. overlap_saving: checkpoints are written while training goes on.
     """
 
     steps: int
@@ -41,6 +45,12 @@ class LoopSettings:
     anneal: str = "random"
     row_length: int = 0
     cart_p: float = 0.1
+    pattern: str = "bidirectional"
+    block_stages: tuple[tuple[int, int], ...] = ()
+    ar_weight: float = 0.0
+    ar_schedule: str = "fixed"
+    skip_nonfinite: int = 0
+    overlap_saving: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         return learning_rate(
@@ -58,7 +68,23 @@ def context_of(settings: LoopSettings, step: int) -> AttentionContext:
     """Which pairs are open at this step. The draw is keyed by (seed, step): every rank and every micro-batch sees the same one."""
     if settings.causal:
         return replace(CAUSAL, seed=settings.seed, step=step)
+    if settings.block_stages:
+        return AttentionContext(pattern=settings.pattern, block_length=block_length_at(step, settings.block_stages), length=settings.row_length)
     return attention_at(step, anneal=settings.anneal, anneal_steps=settings.anneal_steps, length=settings.row_length, seed=settings.seed)
+
+
+def ar_weight_at(settings: LoopSettings, step: int, ratio: float | None) -> float:
+    """Weight of the next-token loss on the clean copy at optimizer step `step` (from 0).
+
+    `fixed`: ar_weight. `annealed`: falls linearly to 0 over anneal_steps, while the blocks grow (NBDiff, arXiv 2512.06776). `balanced`:
+    ar_weight x the ratio of the two losses, CE of masked tokens / CE of next tokens (I-DLM, arXiv 2604.11035), in the step before:
+    known to all ranks and micro-batches alike. ratio: that one, None at the first step.
+    """
+    if settings.ar_schedule == "annealed":
+        return settings.ar_weight * max(0.0, 1 - step / settings.anneal_steps)
+    if settings.ar_schedule == "balanced" and ratio is not None:
+        return settings.ar_weight * ratio
+    return settings.ar_weight
 
 
 def batch_loss(
@@ -69,33 +95,78 @@ def batch_loss(
     num_eligible: int,
     num_micro_batches: int,
     num_masked_global: int | None = None,
+    ar_weight: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The micro-batch's share of the loss, and what is logged of it.
 
     `eligible`: sum_i w_i CE_i / (eligible tokens of the global batch), so that any split into micro-batches gives one gradient.
-    `masked`: the same over the masked tokens of the global batch (num_masked_global), whose number is known before the forward.
-    `masked_micro_batch`: each micro-batch divided by its own masked tokens, then averaged, as DiffuLLaMA's released code does.
+    `masked`: the same over the targets of the global batch (num_masked_global), whose number is known before the forward.
+    `masked_micro_batch`: each micro-batch divided by its own targets, then averaged, as DiffuLLaMA's released code does.
+    In a block model under `shift` the first tokens of blocks are targets with weight 1 (streams.py). ar_weight: what the next-token
+    loss on the clean copy, divided by the eligible tokens, is added with.
     """
-    x_0_BL, x_t_BL, masked_BL, t_B, positions_BL, segments_BL = batch_to(
-        engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.t_B, batch.positions_BL, batch.segments_BL
+    x_0_BL, x_t_BL, masked_BL, t_BL, positions_BL, segments_BL, starts_BL = batch_to(
+        engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.t_BL, batch.positions_BL, batch.segments_BL, batch.starts_BL
     )
     if segments_BL is not None:
         context = replace(context, segments_BL=segments_BL)
-    with engine.autocast():
-        logits_NV = engine.denoiser(x_t_BL, masked_BL, positions_BL, context)
-        ce_N = cross_entropy(logits_NV, x_0_BL[masked_BL])
-    weights_N = token_weights(t_B, masked_BL, settings.weight, segments_BL, settings.cart_p)
-    num_masked = ce_N.numel()
+    weights_N = token_weights(t_BL, masked_BL, settings.weight, segments_BL, settings.cart_p)
+    num_masked = weights_N.numel()
+    num_targets = num_masked + (0 if starts_BL is None else int(starts_BL.sum()))
     if settings.normaliser == "masked_micro_batch":
-        normaliser = float(max(1, num_masked) * num_micro_batches)
+        normaliser = float(max(1, num_targets) * num_micro_batches)
     elif settings.normaliser == "masked":
         assert num_masked_global is not None
         normaliser = float(max(1, num_masked_global))
     else:
         normaliser = float(num_eligible)
-    loss = denoising_loss(ce_N, weights_N, normaliser)
+    if context.has_two_streams:
+        return _two_stream_loss(
+            engine, context, (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, batch.eligible_BL.to(engine.device)),
+            weights_N / normaliser, t_BL, normaliser, num_eligible, ar_weight,
+        )  # fmt: skip
+    with engine.autocast():
+        loss, ce_N = engine.denoiser(x_t_BL, masked_BL, positions_BL, context, weights_N / normaliser, x_0_BL[masked_BL])
     with torch.no_grad():
-        elbo_N = token_weights(t_B, masked_BL, "elbo") if settings.weight != "elbo" else weights_N
+        elbo_N = token_weights(t_BL, masked_BL, "elbo") if settings.weight != "elbo" else weights_N
         nelbo = denoising_loss(ce_N, elbo_N, float(num_eligible))
-        values = torch.stack([loss.detach(), nelbo, ce_N.sum().to(loss.dtype)]).tolist()
+        values = torch.stack([loss.detach(), nelbo, ce_N.sum()]).tolist()
     return loss, {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(num_masked)}
+
+
+def _two_stream_loss(
+    engine: SingleDeviceEngine,
+    context: AttentionContext,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    targets: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    weights_N: torch.Tensor,
+    t_BL: torch.Tensor,
+    normaliser: float,
+    num_eligible: int,
+    ar_weight: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """rows: x_0_BL, x_t_BL, positions_BL. targets: masked_BL, starts_BL, eligible_BL. weights_N: of the masked ones, normalised.
+
+    One forward and one head for both copies: the weights say what a prediction of the clean copy counts for.
+    """
+    (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, eligible_BL) = rows, targets
+    if context.segments_BL is not None:  # position ids restart with the documents, and so do blocks
+        context = replace(context, blocks_BL=block_numbers(positions_BL, context.block_length))
+    next_BL = eligible_BL & predictable(context.segments_BL if context.segments_BL is not None else torch.zeros_like(x_0_BL), "shift")
+    starts_BL = torch.zeros_like(masked_BL) if starts_BL is None else starts_BL
+    clean_BL = starts_BL | next_BL if ar_weight > 0 else starts_BL
+    weights_BL = torch.zeros(x_0_BL.shape, dtype=weights_N.dtype, device=weights_N.device).masked_scatter(masked_BL, weights_N)
+    clean_weights_BL = starts_BL.to(weights_N.dtype) / normaliser + next_BL * (ar_weight / num_eligible)
+    chosen_BS = torch.cat([masked_BL, clean_BL], dim=1)
+    with engine.autocast():
+        loss, ce_N = engine.denoiser(
+            x_t_BL, masked_BL, positions_BL, context, torch.cat([weights_BL, clean_weights_BL], dim=1)[chosen_BS],
+            torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS], x_0_BL, clean_BL,
+        )  # fmt: skip
+    with torch.no_grad():
+        ce_BL, clean_ce_BL = torch.zeros(chosen_BS.shape, device=ce_N.device).masked_scatter(chosen_BS, ce_N).chunk(2, dim=1)
+        starts_ce = (clean_ce_BL * starts_BL).sum()
+        values = [loss.detach(), ((ce_BL / t_BL).sum() + starts_ce) / num_eligible, ce_BL.sum()]
+        values = torch.stack([*values, (clean_ce_BL * next_BL).sum() / num_eligible]).tolist()
+    sums = {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(masked_BL.sum())}
+    return loss, sums | ({"ar_nll": values[3]} if ar_weight > 0 else {})

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CLOCK = ("tokens_per_second", "seconds_per_step", "seconds_left", "mfu", "memory_bytes")  # what the machine decides, not the recipe
+
 
 class Metrics:
     """Sums between two lines, and the file they go to. The sums travel in checkpoints, so that a resumed run writes the same line.
@@ -36,17 +38,19 @@ class Metrics:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, self.path)
 
-    def record(self, step: int, sums: dict[str, float], last: dict[str, Any], is_final: bool) -> None:
+    def record(self, step: int, sums: dict[str, float] | None, last: Callable[[], dict[str, Any]], is_final: bool) -> None:
         """Add one optimizer step's values; write a line when the interval is full. step: steps done so far.
 
-        sums: averaged over the interval. last: values of this very step (learning rate, ratio, speed).
+        sums: averaged over the interval; None for a step that was left out. last: values of this very step (learning rate, ratio,
+        speed), asked for when a line is written. An interval in which every step was left out has no line.
         """
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.num_steps += 1
-        if step % self.log_steps and not is_final:
+        if sums is not None:
+            for name, value in sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.num_steps += 1
+        if (step % self.log_steps and not is_final) or not self.num_steps:
             return
-        line = {"step": step, **{name: value / self.num_steps for name, value in self.sums.items()}, **last}
+        line = {"step": step, **{name: value / self.num_steps for name, value in self.sums.items()}, **last()}
         self.sums, self.num_steps = {}, 0
         self.write(line)
 

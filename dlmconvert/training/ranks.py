@@ -6,51 +6,18 @@ Nothing heavy is imported here until processes meet.
 from __future__ import annotations
 
 import os
-import pickle
+import secrets
+import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from dlmconvert.errors import UserError
+from dlmconvert.errors import EXIT_FAILED, Outcome, UserError
+from dlmconvert.training.launchers import Place, interface_of, is_own, local_count, meeting_point, own_address
+from dlmconvert.training.lifeline import JOIN_SECONDS, Hub, Spoke
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the longest that one rank may let the others wait in the middle of a step
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, the deepspeed launcher, and `--processes`
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """rank: this process, from 0. count: of all processes. local_rank: within its machine, which is also its GPU."""
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-
-
-def place_of(environment: Mapping[str, str]) -> Place | None:
-    """What a launcher has put into the environment; None when this process was started by itself.
-
-    A batch script of SLURM (no `srun` in front) carries SLURM_NTASKS without being one of the tasks: SLURM_STEP_ID tells.
-    """
-    for rank, count, local_rank in _LAUNCHERS:
-        if rank not in environment or count not in environment:
-            continue
-        if rank.startswith("SLURM") and "SLURM_STEP_ID" not in environment:
-            continue
-        return Place(int(environment[rank]), int(environment[count]), int(environment.get(local_rank, 0)))
-    return None
-
-
-def check_place(place: Place | None, processes: int | None) -> None:
-    """Raise UserError when a launcher started another number of processes than `--processes` asks for."""
-    if place is not None and processes is not None and place.count != processes:
-        raise UserError(f"--processes {processes}, but a launcher started {place.count} (WORLD_SIZE)", "", "leave --processes out under torchrun, srun or mpirun")
 
 
 class Solo:
@@ -77,28 +44,48 @@ class Solo:
 class Ranks:
     """Several processes over torch.distributed. `sum`, `share` and `barrier` are collective: every rank calls them in the same order.
 
-    Small talk goes over gloo on the CPU, gradients over NCCL where there are GPUs.
+    Small talk goes over gloo on the CPU, gradients over NCCL where there are GPUs, orders and failures over a line of their own
+    (`lifeline.py`). about: what this process says about itself, by which rank 0 may refuse it in `meet`. leave(outcome): ends this
+    process; called when it does not do so itself after another rank has failed.
+
+    Raises UserError when the others cannot be found.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, about: dict[str, Any], leave: Callable[[Outcome], None]):
+        self.rank, self.count, self.local_rank = place.rank, place.count, _gpu_of(place)
+        address, port = meeting_point(os.environ, place)
+        # DeepSpeed reads them.
+        os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.count), LOCAL_RANK=str(self.local_rank), MASTER_ADDR=address, MASTER_PORT=str(port))
+        self._store = _common_store(place, address, port)
+        if place.rank == 0:
+            token = secrets.token_hex(16)
+            self.line: Hub | Spoke = Hub(place.count, address if is_own(address) else own_address(address), token)
+            self._store.set("lifeline", f"{token} {self.line.address}")
+        else:
+            token, _, where = _read(self._store, "lifeline", place).partition(" ")
+            self.line = Spoke(place.rank, place.count, where, token, about)
+        self.line.leave = leave
+
+    def meet(self, refusal: Callable[[int, str, dict[str, Any]], Outcome | None]) -> None:
+        """Wait for all, and connect them. refusal(rank, host, about): on rank 0, why that rank may not take part.
+
+        Raises Told when a rank is refused or has failed, UserError when some do not come.
+        """
         import torch
         import torch.distributed as dist
 
-        self.rank, self.count, self.local_rank = place.rank, place.count, place.local_rank
-        os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.count), LOCAL_RANK=str(place.local_rank))  # DeepSpeed reads them
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"rank {place.rank} of {place.count} does not know where the others are: {' and '.join(missing)} not set",
-                "torchrun and --processes set them; srun and mpirun do not",
-                "export MASTER_ADDR=(host of rank 0) and MASTER_PORT=29500 (any free port) before the launcher",
-            )
+        if isinstance(self.line, Hub):
+            self.line.gather(refusal)
+        else:
+            self.line.join()
+        interface = interface_of(self.line.own_address)
+        if interface is not None:  # else gloo takes the address of the host's name, which is often a loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         gpus = torch.cuda.is_available()
         if gpus:
-            torch.cuda.set_device(place.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=place.rank, world_size=place.count, timeout=COLLECTIVE_TIMEOUT)
-        self._store = dist.distributed_c10d._get_default_store()
-        self._orders = 0
+            torch.cuda.set_device(self.local_rank)
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("ranks", self._store), rank=self.rank, world_size=self.count, timeout=COLLECTIVE_TIMEOUT)
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Each value summed over the ranks, in float64."""
@@ -122,23 +109,74 @@ class Ranks:
 
     def tell(self, order: dict[str, Any]) -> None:
         """Rank 0 says what to do next; the others read it in `listen`, however long that takes."""
-        if self.rank == 0:
-            self._store.set(f"order-{self._orders}", pickle.dumps(order))
-            self._orders += 1
+        if isinstance(self.line, Hub):
+            self.line.check()
+            self.line.order(order)
 
     def listen(self) -> dict[str, Any]:
-        """The next order. Waits in short turns, so that a signal is heard."""
-        while not self._store.check([f"order-{self._orders}"]):
-            time.sleep(0.05)
-        order = pickle.loads(self._store.get(f"order-{self._orders}"))
-        self._orders += 1
-        return order
+        """The next order. Raises Told when another rank has failed; a signal is heard meanwhile."""
+        assert isinstance(self.line, Spoke)
+        return self.line.next_order()
+
+    def failed(self, outcome: Outcome) -> Outcome:
+        """This rank cannot go on. The others hear it; what comes back is to be told: the first cause, wherever that was."""
+        return self.line.failed(outcome)
 
     def leave(self) -> None:
         import torch.distributed as dist
 
         self.barrier()  # rank 0 holds the store: it leaves last
         dist.destroy_process_group()
+        self.line.close()
+
+
+def _gpu_of(place: Place) -> int:
+    """The GPU of a rank: its number on its machine, or the only one that a scheduler lets it see.
+
+    Raises UserError when there are fewer GPUs than processes.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if place.local_rank < gpus or gpus == 0:
+        return place.local_rank
+    here = local_count(os.environ)
+    if gpus == 1 and here is None:
+        return 0
+    raise UserError(f"{here or 'more'} processes on this machine, but {gpus} GPU{'' if gpus == 1 else 's'}", "every process needs one of its own", f"take --processes {gpus} a machine")
+
+
+def _common_store(place: Place, address: str, port: int) -> Any:
+    """torch's key-value store, on rank 0 or where torchrun keeps one. Raises UserError when it cannot be reached in time."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = place.rank == 0 and not agent
+    until = time.monotonic() + JOIN_SECONDS
+    while not serves:  # torch's own waiting is deaf to signals
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                what = f"rank {place.rank} of {place.count} cannot reach rank 0 at {address}:{port}"
+                raise UserError(what, str(error), "look whether rank 0 has started, and whether a firewall is between", exit_code=EXIT_FAILED) from error
+            time.sleep(0.2)
+    try:
+        store = TCPStore(address, port, is_master=serves, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
+    except RuntimeError as error:
+        what = f"rank {place.rank} of {place.count} cannot {'listen' if serves else 'connect'} at {address}:{port}"
+        raise UserError(what, str(error).splitlines()[0], "take another port: MASTER_PORT, or --master HOST:PORT", exit_code=EXIT_FAILED) from error
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _read(store: Any, key: str, place: Place) -> str:
+    until = time.monotonic() + JOIN_SECONDS
+    while not store.check([key]):
+        if time.monotonic() > until:
+            raise UserError(f"rank {place.rank} of {place.count} waited {JOIN_SECONDS / 60:.0f} minutes for rank 0", "", "look why rank 0 did not start", exit_code=EXIT_FAILED)
+        time.sleep(0.05)
+    return store.get(key).decode()
 
 
 def shares(rows_per_step: int, count: int, name: str = "train") -> int:

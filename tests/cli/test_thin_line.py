@@ -165,8 +165,8 @@ def test_a_checkpoint_is_the_model_that_it_was(llama):
 
     from dlmconvert.cli.console import ConsoleReporter
     from dlmconvert.runs.folder import RunFolder
+    from dlmconvert.runs.models import consolidate
     from dlmconvert.runs.stage import StageContext, StopFlag
-    from dlmconvert.runs.training import consolidate
 
     folder = RunFolder(run)
     for stage, step in (("adapt", 8), ("sft", 6)):

@@ -47,7 +47,7 @@ def stream(stores, weights=None, **settings):
 
 
 def tensors(batch):
-    return [batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.eligible_BL, batch.t_B, batch.segments_BL, batch.positions_BL]
+    return [batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.eligible_BL, batch.t_BL, batch.segments_BL, batch.positions_BL]
 
 
 def assert_same(one, two):
@@ -122,7 +122,7 @@ def test_masks_depend_on_the_row_and_not_on_where_it_stands(stores):
     assert whole.row_ids[4:] == half.row_ids
     for row in range(4):
         a, b = whole.masked_BL[4 + row], half.masked_BL[row]
-        fewer, more = (a, b) if whole.t_B[4 + row] <= half.t_B[row] else (b, a)
+        fewer, more = (a, b) if whole.t_BL[4 + row, 0] <= half.t_BL[row, 0] else (b, a)
         assert not (fewer & ~more).any()
 
 
@@ -138,7 +138,7 @@ def test_a_new_epoch_has_new_masks(stores):
 
 def test_noise_levels_are_those_of_the_global_batch(stores):
     batch = stream(stores).batch(9, 2, 5)
-    assert torch.equal(batch.t_B, noise_levels(0, 9, 8, 1e-3, "stratified")[2:5].float()) and batch.t_B.dtype == torch.float32
+    assert torch.equal(batch.t_BL[:, 0], noise_levels(0, 9, 8, 1e-3, "stratified")[2:5].float()) and batch.t_BL.dtype == torch.float32
 
 
 @pytest.mark.parametrize("alignment", ["shift", "in_place"])
@@ -157,7 +157,7 @@ def test_what_is_masked_and_what_stays_clean(stores, alignment):
 
 def test_without_corruption_every_eligible_token_is_a_target(stores):
     batch = stream(stores, corruption_kind="none").batch(0)
-    assert torch.equal(batch.x_t_BL, batch.x_0_BL) and torch.equal(batch.masked_BL, batch.eligible_BL) and (batch.t_B == 1).all()
+    assert torch.equal(batch.x_t_BL, batch.x_0_BL) and torch.equal(batch.masked_BL, batch.eligible_BL) and (batch.t_BL == 1).all()
 
 
 @pytest.mark.parametrize("alignment", ["shift", "in_place"])

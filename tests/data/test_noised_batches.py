@@ -55,7 +55,7 @@ def test_masked_tokens_are_counted_without_reading_them(stores, name, monkeypatc
         batch = batches.batch(step)
         assert batches.num_masked(step) == int(batch.masked_BL.sum()) > 0
         assert batches.num_eligible(step) == int(batch.eligible_BL.sum())
-        assert not (batch.masked_BL & ~batch.eligible_BL).any() and bool((batch.t_B > 0).all())
+        assert not (batch.masked_BL & ~batch.eligible_BL).any() and bool((batch.t_BL > 0).all())
 
 
 def test_counts_of_rows(stores):
@@ -63,7 +63,7 @@ def test_counts_of_rows(stores):
         exact, forced = stream(stores, count="exact").batch(step), stream(stores, count="at_least_one", eps=1e-6).batch(step)
         for batch in (exact, forced):
             assert bool((batch.masked_BL.sum(1) >= 1).all())
-        torch.testing.assert_close(exact.t_B, exact.masked_BL.sum(1) / exact.eligible_BL.sum(1))
+        torch.testing.assert_close(exact.t_BL[:, 0], exact.masked_BL.sum(1) / exact.eligible_BL.sum(1))
         assert stream(stores, band=(1.0, 1.0)).batch(step).masked_BL.equal(exact.eligible_BL)
 
 
@@ -74,7 +74,7 @@ def test_pairs_are_one_row_in_two_views(stores):
         batch = batches.batch(step)
         assert batch.row_ids[::2] == batch.row_ids[1::2]
         assert torch.equal(batch.masked_BL[::2] ^ batch.masked_BL[1::2], batch.eligible_BL[::2])
-        torch.testing.assert_close(batch.t_B[::2] + batch.t_B[1::2], torch.ones(4))
+        torch.testing.assert_close(batch.t_BL[::2] + batch.t_BL[1::2], torch.ones(4, batch.t_BL.shape[1]))
         assert batches.num_masked(step) * 2 == batches.num_eligible(step)
         rows += batch.row_ids[::2]
     # The text is read as ever, at half the pace.

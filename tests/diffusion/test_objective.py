@@ -20,7 +20,7 @@ def loss_of(inputs, alignment, normaliser, weight="elbo"):
     t_B = torch.tensor(inputs["t"], dtype=torch.float64)
     masked_BL = torch.tensor(inputs["mask"], dtype=torch.bool) & predictable(torch.zeros_like(x_0_BL), alignment)
     ce_N = cross_entropy(logits_BLV[predicting_positions(masked_BL, alignment)], x_0_BL[masked_BL])
-    return float(denoising_loss(ce_N, token_weights(t_B, masked_BL, weight), normaliser)), int(masked_BL.sum())
+    return float(denoising_loss(ce_N, token_weights(t_B[:, None].expand(masked_BL.shape), masked_BL, weight), normaliser)), int(masked_BL.sum())
 
 
 @pytest.mark.parametrize(("alignment", "name"), [("shift", "shifted"), ("in_place", "unshifted")])
@@ -90,7 +90,7 @@ def test_masking_touches_eligible_tokens_only_and_as_often_as_t_says():
     eligible_BL = torch.arange(50).expand(2000, 50) % 3 != 0
     t_B = torch.linspace(0.05, 1, 2000, dtype=torch.float64)
     u_BL = counter_uniform(MASK, 0, torch.arange(2000)[:, None], torch.arange(50))
-    masked_BL, _ = draw_masks(eligible_BL, t_B, u_BL, "bernoulli")
+    masked_BL, _ = draw_masks(eligible_BL, t_B[:, None], u_BL, "bernoulli")
     assert not bool((masked_BL & ~eligible_BL).any())
     assert torch.equal(masked_BL[t_B == 1], eligible_BL[t_B == 1])
     n_B = eligible_BL.sum(1)
@@ -116,8 +116,8 @@ def test_the_weighted_loss_estimates_the_elbo():
     t_B = noise_levels(0, 0, 20_000, 1e-3, "uniform")
     eligible_BL = torch.ones(20_000, 16, dtype=torch.bool)
     u_BL = counter_uniform(MASK, 1, torch.arange(20_000)[:, None], torch.arange(16))
-    masked_BL, _ = draw_masks(eligible_BL, t_B, u_BL, "bernoulli")
-    weights_N = token_weights(t_B, masked_BL, "elbo")
+    masked_BL, _ = draw_masks(eligible_BL, t_B[:, None], u_BL, "bernoulli")
+    weights_N = token_weights(t_B[:, None].expand(masked_BL.shape), masked_BL, "elbo")
     estimate = float(denoising_loss(torch.ones_like(weights_N), weights_N, 16.0)) / 20_000
     # Standard deviation of the sum over 16 tokens: (16 * 5.91)^0.5 (methods.md, section 2).
     assert abs(estimate - 1) < 5 * (16 * 5.91) ** 0.5 / 16 / 20_000**0.5

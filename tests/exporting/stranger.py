@@ -41,11 +41,19 @@ def visit(folder, tokens_BL):
         produced = [model.diffusion_generate(**batch, alg=alg, temperature=1.0, seed=3) for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")]
         hot = model.diffusion_generate(**batch, max_new_tokens=30, steps=10, temperature=5.0, top_p=None, eos_token_id=None, seed=1)
         greedy = {"alg": "entropy", "temperature": 0.0, "eos_token_id": None}
+        cached = {
+            cache: model.diffusion_generate(**batch, cache=cache, threshold=0.3, block_length=4, temperature=0.0, eos_token_id=None)
+            for cache in ("none", "prefix", "dual")
+        }
+        revised = model.diffusion_generate(**batch, revision="remdm", temperature=1.0, top_p=None, seed=3, eos_token_id=None)
         output = model.infill([[5, None, None, 7], [9, None]], return_dict_in_generate=True, seed=1)
         text = model.infill("def f(x):[[MASK:6]]    return y", tokenizer=tokenizer, seed=1)
         texts = model.infill(["a[[MASK:2]]b", "long[[MASK:3]]er"], tokenizer=tokenizer, seed=1)
         return {
             "logits_BLV": logits_BLV,
+            "batch": dict(batch),
+            "cached": cached,
+            "revised": revised,
             "base_is_equal": torch.allclose(base(tokens_BL).last_hidden_state, model.base_model(tokens_BL).last_hidden_state, atol=0),
             "base_class": type(base).__name__,
             "eager_agrees": torch.equal(eager.diffusion_generate(**batch, **greedy), model.diffusion_generate(**batch, **greedy)),

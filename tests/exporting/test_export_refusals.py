@@ -68,7 +68,9 @@ def test_a_folder_in_the_way_that_is_not_ours(model, tmp_path):
     ("dlm", "message"),
     [
         ({"attention": "causal"}, "autoregressive model"),
-        ({"attention": "block_causal", "block_length": 4}, "block_causal"),
+        ({"attention": "block_causal"}, "block models have one"),
+        ({"block_length": 4}, "block models have one"),
+        ({"attention": "spiral", "block_length": 4}, "spiral"),
         ({"alignment": "sideways"}, "sideways"),
         ({"mask_token_id": VOCAB + 4}, "has no row"),
         ({"mask_token_id": EOS}, "mask token"),

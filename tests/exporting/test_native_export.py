@@ -82,6 +82,18 @@ def test_what_would_be_silently_wrong_is_refused(family, stranger):
         assert answers["first_wanted"] == "no error"
 
 
+@every_family
+def test_a_stranger_has_the_caches_and_revisions_of_the_sampler_that_is_tested(family, models_folder, stranger):
+    from dlmconvert.sampling.api import diffusion_generate
+
+    denoiser, batch = load_denoiser(models_folder / family, device="cpu"), stranger[family]["batch"]
+    how = {"max_new_tokens": 12, "temperature": 0.0, "threshold": 0.3, "block_length": 4}
+    for cache, tokens_BL in stranger[family]["cached"].items():
+        assert torch.equal(tokens_BL, diffusion_generate(denoiser, batch["input_ids"], batch["attention_mask"], cache=cache, **how)), cache
+    how = {"max_new_tokens": 12, "temperature": 1.0, "revision": "remdm", "seed": 3}
+    assert torch.equal(stranger[family]["revised"], diffusion_generate(denoiser, batch["input_ids"], batch["attention_mask"], **how))
+
+
 def test_a_stranger_can_save_it_again(stranger):
     assert stranger["saved_again_is_equal"] and stranger["saved_again_samples"] == [2, 32]
 

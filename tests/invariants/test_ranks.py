@@ -6,7 +6,9 @@ would blow up the last bits of a few weights: hence the larger eps.
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, curve, steps_kept, weights, write_corpus
+from kills import kill_once, ranks_of
 from safetensors.torch import load_file
 
 KILLED = -signal.SIGKILL
@@ -72,11 +75,6 @@ def close(stage, expected, loss=1e-5, weight=1e-5):
     ours, theirs = load_file(stage / "model" / "model.safetensors"), load_file(expected / "model" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < weight
-
-
-def ranks_of(child) -> list[int]:
-    found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    return [int(pid) for pid in found]
 
 
 def steps_done(run) -> int:
@@ -150,6 +148,51 @@ def test_another_number_of_processes_continues(numbers, words, zygote, straight,
     close(place / "run" / "adapt", straight("single"))
 
 
+@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
+def test_killed_at_random_moments_with_overlapped_saving(kind, zygote, straight, place, tiny_checkpoints):
+    """benchmarks/kills.py does the same twenty times."""
+    words = EVERYTHING_IN_PARTS if "3" in kind else []
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, *words, "train.save_steps=2", "train.overlap_saving=true", "--processes", "2"]
+    draw, kills = random.Random(kind), []
+    for moment in ("save", "step") if words else ("step", "save", "save"):
+        kills.append(kill_once(zygote, place, command, place / "run" / "adapt", draw, moment))
+    assert None not in kills and not any(kill.lost for kill in kills), kills
+    status, text = zygote.run(place, *command)
+    assert status == 0, text
+    assert same(place / "run" / "adapt", straight(kind)) and not list((place / "run" / "adapt" / "checkpoints").glob(".*"))
+
+
+def test_a_truncated_shard_falls_back_and_says_so(zygote, straight, place, tiny_checkpoints):
+    """First that a checkpoint is damaged, then from which step the run really goes on. And a text that is another one is refused."""
+    shutil.copytree(straight("two").parent, place / "run")
+    (place / "run" / "adapt" / "model").rename(place / "gone")
+    (shard,) = (place / "run" / "adapt" / "checkpoints" / "step-000020").rglob("zero_pp_rank_1*optim_states.pt")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "--processes", "2"]
+    mine = (place / "text.jsonl").read_bytes()
+    write_corpus(place, seed=1)
+    status, text = zygote.run(place, *command)
+    assert status == 2 and "the text changed while adapt was interrupted" in text and text.count("error:") == 1, text
+    (place / "text.jsonl").write_bytes(mine)
+    status, text = zygote.run(place, *command)
+    assert status == 0, text
+    assert text.index("step-000020 is damaged") < text.index("continuing from the checkpoint of step 15") and "of step 20" not in text
+    assert same(place / "run" / "adapt", straight("two")) and steps_kept(place / "run" / "adapt") == [15, 20]
+
+
+@pytest.mark.parametrize(("rank", "overlaps"), [(1, "false"), (0, "true"), (1, "true")])
+def test_a_disk_that_is_full_on_one_rank(rank, overlaps, zygote, straight, place, tiny_checkpoints):
+    """The run stops with one message, the checkpoint before stands, and nothing but the steps since then is done again."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, f"train.overlap_saving={overlaps}", "--processes", "2"]
+    where = ("dlmconvert.training.deepspeed", "_WrittenLater.write" if overlaps == "true" else "DeepSpeedEngine.capture", 2, rank)
+    status, text = zygote.run(place, *command, full=where)
+    assert status == 1 and "No space left on device" in text and "the checkpoint of step 5 stands" in text and text.count("error:") == 1, text
+    assert steps_kept(place / "run" / "adapt") == [5]
+    status, text = zygote.run(place, *command)
+    assert status == 0 and "continuing from the checkpoint of step 5" in text, text
+    assert same(place / "run" / "adapt", straight("two")) and not list((place / "run" / "adapt" / "checkpoints").glob(".*"))
+
+
 def test_what_cannot_be_meant_is_refused_in_one_message(zygote, straight, place, tiny_checkpoints):
     shutil.copytree(straight("two").parent, place / "run")
     (place / "run" / "adapt" / "model").rename(place / "gone")
@@ -185,6 +228,45 @@ def test_a_failure_of_another_rank_is_told_with_its_number(zygote, place, tiny_c
     done = subprocess.run([sys.executable, str(log), *map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "rank 1 of 2: the disk is full" in done.stderr and done.stderr.count("error:") == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(place, tiny_checkpoints):
+    """All ranks leave the step out; too many in a row end the run with one message that names the rank and its rows."""
+    script = place / "breaks.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]!r}\n"
+        "import conftest, torch\n"
+        "import dlmconvert.training.loop as loop\n"
+        "real = loop.batch_loss\n"
+        "def breaks(engine, batch, *rest, **more):\n"
+        "    loss, values = real(engine, batch, *rest, **more)\n"
+        "    if engine.ranks.rank == 1 and batch.step in (3, 8, 9): values['loss'] = float('inf')\n"
+        "    return loss, values\n"
+        "loop.batch_loss = breaks\n"
+        "from dlmconvert.cli.app import main\n"
+        "main()\n"
+    )
+    words = ["adapt", tiny_checkpoints["gpt2"], *LONG, "train.skip_nonfinite=1", "--processes", "2"]
+    done = subprocess.run([sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "the loss is nan at step 10, 2 steps in a row" in done.stderr and "rank 1, micro-batch 0: row " in done.stderr
+    assert "last good checkpoint: step 5" in done.stderr and "dlmconvert replay run 10" in done.stderr
+    lines = [json.loads(line) for line in (place / "run" / "adapt" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["where"][0]["rank"]) for line in lines if "skipped" in line] == [(4, 1), (9, 1), (10, 1)]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 5, 6, 7, 8]
+
+
+def test_a_step_of_two_processes_is_replayed_in_one(zygote, straight, place):
+    shutil.copytree(straight("two").parent, place / "run")
+    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    status, text = zygote.run(place, "replay", "run", 18, "--json")
+    assert status == 0, text
+    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    line = curve(place / "run" / "adapt")[17]
+    assert found["begun"] == 15 and found["found"]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+    assert found["found"]["gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-4)
+    assert before == {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_torchrun_is_recognised(straight, place, tiny_checkpoints):

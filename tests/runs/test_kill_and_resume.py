@@ -32,13 +32,13 @@ PLACES = {
         ("dlmconvert.training.checkpoint", "CheckpointFolder._prune", 2, "before"),
         ("dlmconvert.training.metrics", "Metrics.resume", 1, "before"),
         ("dlmconvert.runs.training", "_loop", 1, "after"),
-        ("dlmconvert.runs.training", "_write_model", 1, "after"),
+        ("dlmconvert.runs.training", "write_model", 1, "after"),
         ("dlmconvert.runs.stages", "measure", 1, "after"),
     ],
     "sft": [
         ("dlmconvert.data.conversations", "published", 1, "before"),
         ("dlmconvert.training.loop", "batch_loss", 7, "after"),
-        ("dlmconvert.training.checkpoint", "CheckpointFolder.save", 1, "after"),
+        ("dlmconvert.training.checkpoint", "CheckpointFolder.write", 1, "after"),
         ("dlmconvert.training.checkpoint", "CheckpointFolder._remove", 1, "before"),
         ("dlmconvert.runs.training", "run_training", 1, "after"),
     ],
@@ -124,6 +124,26 @@ def test_killed_while_a_checkpoint_is_written(zygote, straight, place, tiny_chec
     assert same_stage(place / "run", straight["long"], "adapt") and not list(checkpoints.glob(".writing-*"))
 
 
+def test_killed_while_a_checkpoint_is_written_in_the_background(zygote, straight, place, tiny_checkpoints):
+    """Before and after the thread has written the tensors, before it marks them, before it removes the oldest."""
+    command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "train.overlap_saving=true"]
+    newest = 0
+    for at in (
+        ("dlmconvert.training.engine", "write_tensors", 2, "before"),
+        ("dlmconvert.training.engine", "write_tensors", 2, "after"),
+        ("dlmconvert.training.checkpoint", "CheckpointFolder.publish", 2, "before"),
+        ("dlmconvert.training.checkpoint", "CheckpointFolder._prune", 1, "before"),
+    ):
+        status, text = zygote.run(place, *command, die=at)
+        assert status == KILLED, (at, text)
+        kept = steps_kept(place / "run" / "adapt")
+        assert kept[-1] > newest or at[1] == "CheckpointFolder._prune", (at, kept)
+        newest = kept[-1]
+    status, text = zygote.run(place, *command)
+    assert status == 0 and f"continuing from the checkpoint of step {newest}" in text, text
+    assert same_stage(place / "run", straight["long"], "adapt") and not list((place / "run" / "adapt" / "checkpoints").glob(".writing-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(zygote, straight, place, tiny_checkpoints, number):
     command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "train.save_steps=100", "train.log_steps=1"]
@@ -162,20 +182,21 @@ def test_two_processes_cannot_hold_one_run(zygote, place, tiny_checkpoints):
         status, text = zygote.run(place, *words)
         assert status == 1 and f"is in use by process {child.pid}" in text and "error:" in text, text
     status, text = zygote.run(place, "status")
-    assert status == 0 and f"held by process {child.pid}" in text and "running" in text and "min left" in text
+    assert status == 0 and f"held by process {child.pid}" in text and "running" in text and " left  last line " in text
+    assert f"process {child.pid} on " in text and "1 process" in text and "MFU" in text
     child.send(signal.SIGTERM)
     assert child.wait() == 75
     status, text = zygote.run(place, "status")
-    assert "interrupted" in text and "held by" not in text
+    assert "interrupted" in text and "held by" not in text and "has ended; the same command continues from step-" in text
 
 
 def test_a_text_that_changes_under_an_interrupted_run_is_refused(zygote, place, tiny_checkpoints):
     command = ["adapt", tiny_checkpoints["gpt2"], *LONG]
     before = (place / "text.jsonl").read_bytes()
-    status, _ = zygote.run(place, *command, die=("dlmconvert.training.checkpoint", "CheckpointFolder.save", 1, "before"))
+    status, _ = zygote.run(place, *command, die=("dlmconvert.training.checkpoint", "CheckpointFolder.write", 1, "before"))
     assert status == KILLED
     write_corpus(place, seed=1)  # nothing was saved yet: the new text is simply taken
-    status, _ = zygote.run(place, *command, die=("dlmconvert.training.checkpoint", "CheckpointFolder.save", 2, "after"))
+    status, _ = zygote.run(place, *command, die=("dlmconvert.training.checkpoint", "CheckpointFolder.write", 2, "after"))
     assert status == KILLED and steps_kept(place / "run" / "adapt") == [7, 14]
     after = (place / "text.jsonl").read_bytes()
     (place / "text.jsonl").write_bytes(before)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dlmconvert.backbone.load import save_model_folder
 from dlmconvert.backbone.spec import DlmSpec
-from dlmconvert.cli import generate
+from dlmconvert.cli import decoding, generate, sampler
 from dlmconvert.errors import UserError
 
 app = typer.Typer()
@@ -70,6 +70,8 @@ def test_defaults_come_from_the_folder_and_flags_override(model_folder):
         (("--order", "left_to_right", "--budget", "llada"), 4),
         (("--threshold", 0, "--cfg-scale", 1), 2),
         (("--threshold", 2, "--repetition-penalty", 1.5), 6),
+        (("--threshold", 0, "--block-length", 2, "--cache", "dual"), 3),
+        (("--revision", "p2", "--steps", 5), 5),
     ],
 )
 def test_samplers_by_name(model_folder, flags, nfe):
@@ -114,10 +116,10 @@ def test_prompts_of_different_length_give_what_they_give_alone(model_folder, tmp
     (tmp_path / "p.txt").write_text("abc def ghi\n\nx\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "abc def ghi"}\n{"prompt": "x"}\n')
     how = ("--temperature", 1, "--seed", 5, "--num-samples", 2)
-    together = samples("sample", model_folder, "--prompts-file", tmp_path / "p.txt", *how)
+    together = samples("sample", model_folder, "--prompts", tmp_path / "p.txt", *how)
     assert [r["prompt"] for r in together] == ["abc def ghi", "abc def ghi", "x", "x"]
     assert [r["text"] for r in together] == [
-        r["text"] for r in samples("sample", model_folder, "--prompts-file", tmp_path / "p.jsonl", *how)
+        r["text"] for r in samples("sample", model_folder, "--prompts", tmp_path / "p.jsonl", *how)
     ]
     alone = samples("sample", model_folder, "--prompt", "x", *how)
     assert [r["text"] for r in alone] == [r["text"] for r in together[2:]]
@@ -130,6 +132,55 @@ def test_infill_keeps_what_was_given(model_folder):
     assert re.fullmatch(r"def f\(x\):(.*)    return (.*)y", result["text"], re.DOTALL).groups() == tuple(result["generated"])
     assert result["num_tokens"] == 8
     assert run("infill", model_folder, "--prompt", "a[[MASK:2]]b").stdout.strip()
+
+
+def test_results_go_to_a_new_file(model_folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc", "id": 1}\n{"text": "x"}\n')
+    how = ("sample", model_folder, "--prompts", tmp_path / "p.jsonl", "--num-samples", 2, "--temperature", 1, "--seed", 3)
+    quiet = run(*how, "--out", tmp_path / "out.jsonl")
+    kept = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert quiet.stdout == "" and "4 results" in quiet.stderr
+    told = samples(*how)
+    without_clock = [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in kept]
+    assert without_clock == [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in told]
+    for record in kept:
+        assert record["tokens_per_second"] > 0 and len(record["tokens"]) == record["num_tokens"] == 6 and record["seed"] == 3
+        assert record["tokens_per_forward"] == 6 / record["nfe"] and record["settings"]["temperature"] == 1
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        run(*how, "--out", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="no folder"):
+        run(*how, "--out", tmp_path / "nowhere" / "out.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"question": "abc"}\n')
+    with pytest.raises(UserError, match="fields there: question"):
+        run(*how)
+
+
+@pytest.mark.parametrize("flags", [("--order", "left_to_right", "--steps", 6), ("--order", "entropy"), ("--revision", "p2", "--steps", 5)])
+def test_one_text_is_written_as_it_settles_and_comes_out_whole(model_folder, monkeypatch, flags):
+    pieces = []
+    real = decoding.View._write
+
+    def write(self, text):
+        real(self, text)
+        pieces.append(self.written)
+
+    monkeypatch.setattr(decoding.View, "_write", write)
+    shown = run("sample", model_folder, "--prompt", "ab", *flags).stdout
+    (record,) = samples("sample", model_folder, "--prompt", "ab", *flags)
+    assert shown == record["text"] + "\n"
+    assert all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:], strict=False))
+    if "left_to_right" in flags:
+        assert len(set(pieces)) > 2, "it grows"
+    two = run("sample", model_folder, "--prompt", "ab", "--num-samples", 2, "--temperature", 1).stdout
+    assert [two] == ["\n\n".join(r["text"] for r in samples("sample", model_folder, "--prompt", "ab", "--num-samples", 2, "--temperature", 1)) + "\n"]
+    assert run("infill", model_folder, "a[[MASK:2]]b[[MASK:1]]").stdout == samples("infill", model_folder, "a[[MASK:2]]b[[MASK:1]]")[0]["text"] + "\n"
+
+
+def test_a_gap_may_choose_its_length(model_folder):
+    (result,) = samples("infill", model_folder, "abc[[MASK:2-5]]def")
+    assert 2 <= result["num_tokens"] == len(result["tokens"]) <= 5 and result["text"].startswith("abc") and result["text"].endswith("def")
 
 
 def test_trace_lines_and_page(model_folder, tmp_path):
@@ -155,7 +206,7 @@ def test_trace_lines_and_page(model_folder, tmp_path):
         (("sample", "--budget", "evn"), "even"),
         (("sample", "--threshold", "0.9", "--factor", "1"), "threshold and factor"),
         (("sample", "--block-length", "1"), "too few"),
-        (("sample", "--prompts-file", "nowhere.txt"), "nowhere.txt"),
+        (("sample", "--prompts", "nowhere.txt"), "nowhere.txt"),
         (("sample", "--max-new-tokens", "100"), "64"),
         (("sample", "--top-p", "2"), "top_p"),
         (("infill",), "no text"),
@@ -179,7 +230,9 @@ def test_infill_without_model_means_the_latest_run(tmp_path, monkeypatch):
 def test_order_names_are_those_of_the_sampler():
     from dlmconvert.sampling.api import ALGORITHMS
     from dlmconvert.sampling.budget import BUDGETS
+    from dlmconvert.sampling.cache import CACHES
     from dlmconvert.sampling.order import ORDERS
+    from dlmconvert.sampling.revise import REVISIONS
 
-    assert generate._ORDERS == ORDERS and set(ORDERS) == set(ALGORITHMS.values()) and set(ORDERS) <= set(ALGORITHMS)
-    assert generate._BUDGETS == tuple(BUDGETS)
+    assert sampler.ORDERS == ORDERS and set(ORDERS) == set(ALGORITHMS.values()) and set(ORDERS) <= set(ALGORITHMS)
+    assert sampler.BUDGETS == tuple(BUDGETS) and sampler.CACHES == tuple(CACHES) and sampler.REVISIONS == tuple(REVISIONS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_predictors import chi_square_limit, plan
 
-from dlmconvert.sampling.blocks import Blocks, check_blocks
+from dlmconvert.sampling.blocks import groups
 from dlmconvert.sampling.budget import ancestral, even
 from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts, check_predictable, cut_at
 from dlmconvert.sampling.draw import draw_tokens
@@ -111,21 +111,27 @@ def test_repetition_penalty_is_that_of_transformers():
 @pytest.mark.parametrize("block_length", [1, 4, 5, 40])
 def test_steps_are_shared_by_the_blocks(n, block_length):
     num_blocks = -(-n // block_length)
+
+    def layout(length, block_length, num_steps):
+        canvas = build_canvas([[None] * length], 0)
+        return groups(canvas, canvas.masked_BL, block_length, num_steps)
+
     for num_steps in range(num_blocks, 2 * n + 3):
-        blocks = Blocks(torch.ones(1, n, dtype=torch.bool), block_length, num_steps)
-        shares = [int(blocks._steps_of(torch.tensor([number]))) for number in range(num_blocks)]
-        assert sum(shares) == num_steps and min(shares) >= 1
+        shares = layout(n, block_length, num_steps).steps_BK[0].tolist()
+        assert len(shares) == num_blocks and sum(shares) == num_steps and min(shares) >= 1
         if n % block_length == 0 and num_steps % num_blocks == 0:  # LLaDA's case
             assert set(shares) == {num_steps // num_blocks}
     with pytest.raises(ValueError, match="too few"):
-        check_blocks(torch.ones(1, n + 1, dtype=torch.bool), 1, n)
+        layout(n + 1, 1, n)
     with pytest.raises(ValueError, match="block_length"):
-        check_blocks(torch.ones(1, n, dtype=torch.bool), 0, n)
+        layout(n, 0, n)
 
 
 def test_blocks_are_cut_from_the_masked_positions_across_gaps():
-    masked_BL = torch.tensor([[False, True, True, False, True, False, True, True]])
-    assert Blocks(masked_BL, 2, None).number_BL[masked_BL].tolist() == [0, 0, 1, 1, 2]
+    canvas = build_canvas([[1, None, None, 2, None, 3, None, None]], 0)
+    layout = groups(canvas, canvas.masked_BL, 2, None)
+    assert layout.number_BL[canvas.masked_BL].tolist() == [0, 0, 1, 1, 2]
+    assert layout.spans == [[(1, 3, False), (4, 7, False), (7, 8, False)]]
 
 
 def test_ties_commit_exactly_the_count_from_left_to_right():

@@ -96,3 +96,50 @@ def chi_square_limit(degrees: int, sigmas: float = 4.0) -> float:
     """Upper limit of a chi-square draw, `sigmas` standard deviations of a normal out (Wilson and Hilferty)."""
     spread = 2 / (9 * degrees)
     return degrees * (1 - spread + sigmas * spread**0.5) ** 3
+
+
+class TableWindowPredictor(TablePredictor):
+    """The same conditionals, asked for columns: a "stored key" is the token that stood there, and a hidden state knows exactly the
+    tokens that its query sees. So cached decoding and speculation can be held against the enumerated joint.
+
+    attention, block_length: what it says of itself.
+    """
+
+    def __init__(self, joint: torch.Tensor, attention="context_causal", block_length=2, alignment="shift"):
+        super().__init__(joint)
+        self.attention, self.block_length, self.alignment = attention, block_length, alignment
+
+    def new_store(self, num_rows, num_columns):
+        class Store:
+            tokens_RL = torch.zeros(num_rows, num_columns + 1, dtype=torch.int64)
+
+            def keep_rows(self, rows):
+                self.tokens_RL = self.tokens_RL[rows]
+
+        return Store()
+
+    def forward_columns(self, tokens_BQ, positions_BQ, kept, seen_BQK, num_keys, store, columns_BQ, rows_B):
+        rows, width = tokens_BQ.shape
+        columns_BQ = columns_BQ.expand(rows, width)
+        if store is None:
+            known_BK, key_columns_BK = tokens_BQ, columns_BQ
+        else:
+            of_rows = torch.arange(rows) if rows_B is None else rows_B
+            store.tokens_RL[of_rows[:, None], columns_BQ] = tokens_BQ
+            known_BK = store.tokens_RL[of_rows, :num_keys]
+            key_columns_BK = torch.arange(num_keys).expand(rows, num_keys)
+        if seen_BQK is None:
+            seen_BQK = torch.ones(1, 1, 1, dtype=torch.bool)
+        seen_BQK = seen_BQK.expand(rows, width, known_BK.shape[1])
+        code_BQ = torch.zeros(rows, width, dtype=torch.int64)
+        for place in range(self.length):
+            here_BQK = (key_columns_BK == place + 1)[:, None] & seen_BQK
+            token_BQ = torch.where(here_BQK.any(-1), (here_BQK * known_BK[:, None]).sum(-1), self.mask_token_id)
+            code_BQ = code_BQ * (self.vocab_size + 1) + token_BQ
+        # in_place: a mask is read for itself; clean text predicts its next token under either alignment.
+        own_BQ = (tokens_BQ == self.mask_token_id) & (self.alignment == "in_place")
+        predicted_BQ = (columns_BQ - own_BQ.long()).clamp(0, self.length - 1)
+        logits_BQV = self.table[code_BQ, predicted_BQ]
+        if kept.dtype == torch.bool:
+            return logits_BQV[kept]
+        return logits_BQV.gather(1, kept[..., None].expand(-1, -1, logits_BQV.shape[2]))

@@ -9,7 +9,7 @@ from dlmconvert.training.metrics import Metrics, read_metrics
 
 def record(metrics, steps, total=10):
     for step in steps:
-        metrics.record(step, {"loss": 1.0 / step}, {"learning_rate": step}, is_final=step == total)
+        metrics.record(step, {"loss": 1.0 / step}, lambda step=step: {"learning_rate": step}, is_final=step == total)
 
 
 def test_a_line_is_the_mean_of_its_interval(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from dlmconvert import __version__
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.diffusion.alignment import ALIGNMENTS
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.exporting.copying import ALLOWED, check_standalone, standalone_files
 from dlmconvert.exporting.profiles.profile import Profile, SourceFamily
 
@@ -17,12 +18,13 @@ def refusals(spec: DlmSpec, family: SourceFamily, config: dict[str, Any]) -> lis
     reasons = []
     if spec.attention == "causal":
         reasons.append("it has causal attention: it is an autoregressive model, and its own folder loads as one already")
-    elif spec.attention != "bidirectional":
-        reasons.append(f"its attention is {spec.attention!r}, and the sampler that is shipped knows `bidirectional`")
+    elif spec.attention not in ("bidirectional", *BLOCK_PATTERNS):
+        known = ", ".join(("bidirectional", *BLOCK_PATTERNS))
+        reasons.append(f"its attention is {spec.attention!r}, and the sampler that is shipped knows {known}")
     if spec.alignment not in ALIGNMENTS:
         reasons.append(f"its alignment is {spec.alignment!r}, and the code that is shipped knows {', '.join(ALIGNMENTS)}")
-    if spec.block_length is not None:
-        reasons.append(f"it has blocks of {spec.block_length}, and the sampler that is shipped decodes whole rows")
+    if (spec.block_length is None) == (spec.attention in BLOCK_PATTERNS):
+        reasons.append(f"its attention is {spec.attention!r} and its block length {spec.block_length}: block models have one, and others none")
     return reasons
 
 
@@ -71,7 +73,7 @@ def code_files(family: SourceFamily) -> dict[str, str]:
     }
     copied = standalone_files()
     for name, text in own.items():
-        check_standalone(name, text, set(own) | set(copied), ALLOWED | {"transformers"})
+        check_standalone(name, text, set(own) | set(copied), ALLOWED)
     return own | copied
 
 

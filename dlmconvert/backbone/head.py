@@ -1,0 +1,52 @@
+"""The output matrix scored inside the model's own forward: the loss of chosen tokens, with few logits alive at a time.
+
+The unmodified model calls its head as ever; for the length of the call this one instance answers with the loss in place of logits. So
+whatever surrounds the call stays in force, among it the gathering of a matrix that ZeRO-3 has dealt to many ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlmconvert.diffusion.fused_head import linear_cross_entropy
+
+
+@torch.no_grad()
+def plain_head(model: Any) -> nn.Linear | None:
+    """The head when the model's logits are W h + b and nothing else, tried on two tokens; None where they are capped or scaled
+    afterwards (Gemma-2, Cohere, Granite) or the head is wrapped (adapters), and where the model is compiled."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or getattr(base, "_compiled_call_impl", None) is not None:
+        return None
+    answers: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, inputs, output: answers.append(output))
+    try:
+        tokens_BL = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+        logits = model(input_ids=tokens_BL, position_ids=torch.arange(2, device=tokens_BL.device)[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    is_plain = len(answers) == 1 and answers[0].shape == logits.shape and torch.equal(answers[0].float(), logits.float())
+    return head if is_plain else None
+
+
+@contextmanager
+def scoring(head: nn.Linear, x_0_N: torch.Tensor, weights_N: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Inside, `head` answers hidden states of N tokens with sum_i w_i CE_i as a tensor (1, 1, 1); the list receives CE_N."""
+    found: list[torch.Tensor] = []
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        loss, ce_N = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, x_0_N, weights_N)
+        found.append(ce_N)
+        return loss.reshape(1, 1, 1)
+
+    head.forward = score
+    try:
+        yield found
+    finally:
+        del head.forward

@@ -1,0 +1,234 @@
+"""What a training stage trains, and how it becomes a model folder: the job, the model with float32 weights, what is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dlmconvert.errors import UserError
+from dlmconvert.recipe.method import Method, anneal_steps_of, block_stages_of
+from dlmconvert.recipe.optimization import Optimization
+from dlmconvert.runs.stage import StageContext
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """stage: name and folder. source: the model folder that is trained. trained_as: what the result is called in `dlm.trained`.
+    stores, weights: the mixture of prepared rows; validation: held-out rows or None. isolated: attention stops at documents."""
+
+    stage: str
+    settings: Optimization
+    method: Method
+    source: Path
+    trained_as: str
+    stores: Sequence[Any]
+    weights: Sequence[float]
+    validation: Any | None
+    isolated: bool
+    anneal: bool = True
+    tokenizer: Any = None
+
+
+def trainable(context: StageContext, job: TrainingJob, loading: Any = None, attaching: Any = None):
+    """The denoiser with float32 weights, adapters attached, and the spec that the result will carry.
+
+    loading, attaching: contexts around the two, for engines that deal the model out while it is loaded.
+    """
+    import torch
+
+    from dlmconvert.backbone.adapters import attach_lora
+    from dlmconvert.backbone.denoiser import Denoiser
+    from dlmconvert.backbone.load import load_config, load_model, load_tokenizer
+    from dlmconvert.backbone.rewrite import rewrite_config
+    from dlmconvert.backbone.spec import DlmSpec
+    from dlmconvert.training.optimizer import freeze
+
+    method = job.method
+    config = load_config(job.source, context.recipe.source.trust_remote_code)
+    section = getattr(config, "dlm", None)
+    spec = DlmSpec(**section) if section else DlmSpec(vocab_size=config.get_text_config().vocab_size)
+    for name in ("dlm", "is_causal"):
+        if hasattr(config, name):
+            delattr(config, name)
+    rewrite_config(config)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    row_length = job.stores[0].row_length if job.stores else 0
+    if longest is not None and row_length > longest:
+        raise UserError(
+            f"data.row_length={row_length} is longer than the model's {longest} positions", "", f"lower it: data.row_length={longest}"
+        )
+    with loading or nullcontext():
+        model = load_model(job.source, config, torch.float32, context.recipe.source.trust_remote_code)
+    spec = replace(
+        spec,
+        attention=method.attention.pattern,
+        alignment=method.alignment,
+        block_length=method.attention.block_length,
+        corruption=method.corruption.kind,
+        objective=method.objective.weight,
+        method=method.name,
+        trained=job.trained_as,
+        annealing={
+            "schedule": method.attention.anneal if job.anneal else "none",
+            "steps": anneal_steps_of_job(job),
+            "open_ratio": 0.0 if method.attention.pattern == "causal" else 1.0,
+            **({"block_stages": [list(stage) for stage in block_stages_of_job(job, row_length)]} if method.attention.block_length else {}),
+        },
+    )
+    tokenizer = job.tokenizer or load_tokenizer(job.source)
+    if job.settings.lora is not None:
+        lora = job.settings.lora
+        with attaching(model) if attaching else nullcontext():
+            model = attach_lora(
+                model,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                mask_token_id=None if spec.mask_is_word or spec.mask_token_id < 0 else spec.mask_token_id,
+                seed=job.settings.seed,
+            )
+    freeze(model, job.settings.rates.model_dump())
+    return Denoiser(model, spec, tokenizer), spec
+
+
+def write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> None:
+    """A plain model folder in the dtype of the source, adapters merged."""
+    import torch
+
+    from dlmconvert.backbone.adapters import merge_lora
+    from dlmconvert.backbone.load import load_config, save_model_folder
+
+    model = merge_lora(denoiser.model) if job.settings.lora is not None else denoiser.model
+    dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
+    save_model_folder(fresh_folder(folder), model.cpu(), denoiser.tokenizer, spec, dtype=dtype)
+
+
+def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> None:
+    """A kept checkpoint as a model folder of its own. Raises UserError when it is damaged."""
+    from dlmconvert.backbone.load import load_tokenizer
+    from dlmconvert.training.checkpoint import CheckpointFolder
+
+    recipe, run = context.recipe, context.run
+    settings, source = (recipe.sft, run.model_folder("adapt")) if stage == "sft" else (recipe.train, run.model_folder("prepare"))
+    tokenizer = load_tokenizer(source)
+    if stage == "sft":
+        from dlmconvert.data.chat import ensure_chat_template
+
+        ensure_chat_template(tokenizer)
+    trained_as = "ar" if stage == "adapt" and recipe.method.attention.pattern == "causal" else stage
+    job = TrainingJob(stage, settings, recipe.method, source, trained_as, [], [], None, False, anneal=stage == "adapt", tokenizer=tokenizer)
+    checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints")
+    damage = checkpoints.damage(step)
+    if damage is not None:
+        raise UserError(f"{checkpoints.path(step)} is damaged: {damage}", "", f"kept and whole: {[s for s in checkpoints.steps() if checkpoints.damage(s) is None]}")
+    denoiser, spec = trainable(context, job)
+    restore_parameters(denoiser, checkpoints, step)
+    row_length = (recipe.sft.row_length if stage == "sft" else None) or recipe.data.row_length
+    open_ratio = _open_ratio_at(job, step, row_length)
+    write_model(folder, job, denoiser, replace(spec, annealing=spec.annealing | {"open_ratio": open_ratio}))
+
+
+def _open_ratio_at(job: TrainingJob, step: int, row_length: int) -> float:
+    """Share of the future pairs that was open in the last of `step` steps."""
+    from dlmconvert.diffusion.schedules import open_share
+    from dlmconvert.training.losses import context_of
+
+    if job.method.attention.pattern == "causal":
+        return 0.0
+    return open_share(context_of(loop_settings_of(job, row_length), step - 1), row_length)
+
+
+def batch_stream(job: TrainingJob, mask_token_id: int) -> Any:
+    """The noised batches of a stage: `data.loader.BatchStream`."""
+    from dlmconvert.data.loader import BatchStream, Mixture
+    from dlmconvert.diffusion.schedules import block_length_at
+
+    settings, method = job.settings, job.method
+    stages = block_stages_of_job(job, job.stores[0].row_length)
+    return BatchStream(
+        Mixture(list(job.stores), list(job.weights), settings.seed),
+        rows_per_step=settings.rows_per_step,
+        seed=settings.seed,
+        corruption_kind=method.corruption.kind,
+        eps=method.corruption.eps,
+        noise_levels=method.corruption.noise_levels,
+        mask_token_id=mask_token_id,
+        alignment=method.alignment,
+        isolated=job.isolated,
+        band=method.corruption.band,
+        count=method.corruption.count,
+        views=method.corruption.views,
+        levels_per=method.corruption.levels_per,
+        half_life=method.corruption.half_life,
+        block_length=partial(block_length_at, stages=stages) if stages else None,
+    )
+
+
+def loop_settings_of(job: TrainingJob, row_length: int) -> Any:
+    """Plain values for the loop: `training.losses.LoopSettings`."""
+    from dlmconvert.training.losses import LoopSettings
+
+    settings, method = job.settings, job.method
+    return LoopSettings(
+        steps=settings.steps,
+        rows_per_step=settings.rows_per_step,
+        micro_batch=settings.micro_batch,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=settings.final_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.schedule,
+        decay_fraction=settings.decay_fraction,
+        seed=settings.seed,
+        causal=method.attention.pattern == "causal",
+        anneal_steps=anneal_steps_of_job(job),
+        weight=method.objective.weight,
+        normaliser=method.objective.normaliser,
+        save_steps=settings.save_steps,
+        save_minutes=settings.save_minutes,
+        validate_steps=settings.validate_steps,
+        anneal=method.attention.anneal if job.anneal else "none",
+        row_length=row_length,
+        cart_p=method.objective.cart_p,
+        pattern=method.attention.pattern,
+        block_stages=block_stages_of_job(job, row_length),
+        ar_weight=method.objective.ar_weight if method.attention.pattern != "causal" else 0.0,
+        ar_schedule=method.objective.ar_schedule,
+        skip_nonfinite=settings.skip_nonfinite,
+    )
+
+
+def restore_parameters(denoiser: Any, checkpoints: Any, step: int) -> None:
+    """The trained parameters of a checkpoint, whichever engine wrote it."""
+    import torch
+
+    stage = checkpoints.state(step).get("zero_stage")
+    if stage is None:
+        saved = {name.removeprefix("parameter/"): t for name, t in checkpoints.load(step).tensors.items() if name.startswith("parameter/")}
+    else:
+        from dlmconvert.training.deepspeed import checkpoint_tensors
+
+        saved = checkpoint_tensors(checkpoints.path(step), stage)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
+
+
+def anneal_steps_of_job(job: TrainingJob) -> int:
+    return anneal_steps_of(job.method.attention, job.settings.steps) if job.anneal else 1
+
+
+def block_stages_of_job(job: TrainingJob, row_length: int) -> tuple[tuple[int, int], ...]:
+    return block_stages_of(job.method.attention, job.settings.steps, row_length, job.anneal)
+
+
+def fresh_folder(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

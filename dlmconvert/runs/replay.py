@@ -1,0 +1,82 @@
+"""One training step again, alone: from the newest checkpoint before it, in this process, without a trace in the run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlmconvert.errors import UserError
+from dlmconvert.recipe.schema import Recipe
+from dlmconvert.runs.folder import RunFolder
+from dlmconvert.runs.stage import Reporter, StageContext, StopFlag
+
+if TYPE_CHECKING:
+    from dlmconvert.training.inspection import Inspected
+
+TRAINING_STAGES = ("pretrain", "adapt", "sft")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """step: from 1. begun: the step of the checkpoint that it was reached from, 0 for the start. found: what the step looks like."""
+
+    stage: str
+    step: int
+    begun: int
+    found: Inspected
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter) -> Replay:
+    """Run the steps from the newest whole checkpoint before `step`, then `step` itself without an update.
+
+    In one process, whatever number the run had: same batches, numbers equal but for the order of additions. Nothing is written into
+    the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
+    """
+    from dlmconvert.runs.models import batch_stream, loop_settings_of
+    from dlmconvert.runs.stages import JOBS
+    from dlmconvert.runs.training import changed_inputs, make_engine
+    from dlmconvert.training.checkpoint import CheckpointFolder
+    from dlmconvert.training.inspection import inspect_step
+    from dlmconvert.training.loop import accumulate, balance_of
+    from dlmconvert.training.nonfinite import problem_of
+
+    stage = chosen_stage(run, stage)
+    context = StageContext(run, recipe, reporter, StopFlag())
+    job = JOBS[stage](context)
+    if not 1 <= step <= job.settings.steps:
+        raise UserError(f"{stage} has no step {step}", f"its steps are 1 to {job.settings.steps}", "")
+    if changed := changed_inputs(run, job):
+        raise UserError(f"{' and '.join(changed)} changed since {stage} was trained", "its steps cannot be run again", "put the old content back")
+    checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints", warn=reporter.warn)
+    begun = checkpoints.newest_whole(before=step) or 0
+    engine, _ = make_engine(context, job)
+    balance = checkpoints.state(begun).get("balance") if begun else None
+    if begun:
+        with tempfile.TemporaryDirectory(prefix="dlmconvert-replay-") as scratch:
+            engine.restore(checkpoints, engine.at(checkpoints, begun), Path(scratch))
+    stream = batch_stream(job, engine.denoiser.spec.mask_token_id)
+    settings = loop_settings_of(job, stream.mixture.row_length)
+    reporter.say(f"  from {f'the checkpoint of step {begun}' if begun else 'the start'}: steps to go before it: {step - 1 - begun}")
+    with reporter.progress("steps before it", step - 1 - begun) as bar:
+        for before in range(begun, step - 1):
+            part = accumulate(engine, stream, settings, before, balance)
+            norm = engine.update(settings.learning_rate_at(before))
+            if problem_of(len(part.broken), norm, engine.overflowed) is None:
+                balance = balance_of(part.sums, part.sums["ce_sum"] / max(1.0, part.sums["masked"]), balance)
+            bar.advance(1)
+    return Replay(stage, step, begun, inspect_step(engine, stream, settings, step - 1, balance))
+
+
+def chosen_stage(run: RunFolder, name: str | None) -> str:
+    """The named training stage, else the one that was trained last. Raises UserError when there is none."""
+    begun = [stage for stage in TRAINING_STAGES if run.stage_state(stage).get("inputs") is not None]
+    if name is not None and name not in begun:
+        raise UserError(f"{run.path} has not trained a stage {name!r}", f"trained: {', '.join(begun) or 'none'}", "")
+    if not begun:
+        raise UserError(f"{run.path} has not trained anything yet", "", f"dlmconvert status {run.name} says where it stands")
+    return name or begun[-1]

@@ -1,0 +1,97 @@
+"""Adaptive parallel decoding (APD, arXiv 2506.00413): a small AR model beside a bidirectional one says how many tokens to trust.
+
+From the left, with m the last settled position and g_i one Gumbel noise vector a position:
+
+    x_i = argmax(log p_i + g_i)                            for the next G masked positions, from one diffusion forward
+    y_i = argmax(R log p_i + (1 - R) log p_AR(. | x_<i) + g_i)      from one forward of the AR model over the text with x in place
+    settle x up to the first i where x_i and y_i differ; the first one always
+
+The target is the product p_i^R p_AR^(1-R), and the shared noise makes x and y agree as often as two draws can. Nothing is trained,
+and nothing is exact: the text follows neither model's distribution. R = 1 trusts the diffusion model alone.
+
+Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from ..diffusion.randomness import SAMPLE_TOKEN, counter_gumbel
+from .canvas import ROW, Canvas, Predictor
+from .draw import draw_tokens
+from .filters import ban
+from .order import confidence
+from .predictions import places
+from .step import Step
+
+
+class Helper(Protocol):
+    """The small AR model, over the same vocabulary."""
+
+    def predict(
+        self, tokens_BL: torch.Tensor, wanted_BL: torch.Tensor, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None
+    ) -> torch.Tensor:
+        """logits_NV: the causal prediction of each wanted token."""
+        ...
+
+
+def check_apd(canvas: Canvas, lookahead: int, weight: float) -> None:
+    """Raises ValueError for numbers without meaning and for gaps with text behind them."""
+    if lookahead < 1:
+        raise ValueError(f"draft_length is {lookahead}; a step looks at 1 position at least")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"helper_weight is {weight}; the share of the diffusion model must lie in [0, 1]")
+    real_BL = torch.ones_like(canvas.masked_BL) if canvas.segments_BL is None else canvas.segments_BL == ROW
+    given_behind_BL = real_BL & ~canvas.masked_BL & (canvas.masked_BL.cumsum(dim=1) > 0)
+    if bool(given_behind_BL.any()):
+        row = int(given_behind_BL.any(dim=1).nonzero()[0])
+        raise ValueError(f"row {row} has text right of a gap, and the AR model beside reads from the left: put the gap at the end")
+
+
+def apd(
+    predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, banned_ids: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
+) -> Iterator[Step]:
+    """A Step for each diffusion forward (the helper's forwards are not counted). draw: arguments of draw_tokens."""  # fmt: skip
+    masked_BL = canvas.masked_BL.clone()
+    tokens_BL = canvas.tokens_BL.masked_fill(masked_BL, predictor.mask_token_id)
+    keys_BL = canvas.row_keys_B[:, None].expand(masked_BL.shape)
+    ends = torch.tensor(list(end_ids), dtype=torch.int64, device=tokens_BL.device)
+    hot = draw["temperature"] > 0
+    step = 0
+    while bool(masked_BL.any()):
+        wanted_BL = masked_BL & (masked_BL.cumsum(dim=1) <= lookahead)
+        flat_N = places(wanted_BL, int(wanted_BL.sum()))
+        keys_N, positions_N = keys_BL.flatten()[flat_N], canvas.positions_BL.flatten()[flat_N]
+        logits_NV = predictor.predict(tokens_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL)
+        logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        x_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **draw)
+        drafted_BL = tokens_BL.flatten().scatter(0, flat_N, x_N).view(tokens_BL.shape)
+        seen_BL = drafted_BL.masked_fill(masked_BL & ~wanted_BL, 0)  # behind the draft: a causal model never sees it
+        ar_NV = ban(helper.predict(seen_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL), predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        width = min(ar_NV.shape[1], logits_NV.shape[1])
+        log_p_NV = torch.log_softmax(logits_NV, dim=-1)
+        log_ar_NV = torch.log_softmax(ar_NV[:, :width], dim=-1)
+        # What is impossible stays so (0 times minus infinity has no value).
+        target_NV = torch.where(log_p_NV[:, :width].isinf(), float("-inf"), weight * log_p_NV[:, :width] + (1 - weight) * log_ar_NV.clamp(min=-1e30))
+        if hot:
+            ids_V = torch.arange(width, device=tokens_BL.device)
+            noise_NV = counter_gumbel(SAMPLE_TOKEN, draw["seed"], keys_N[:, None], step, positions_N[:, None], ids_V)
+            target_NV = target_NV.to(noise_NV.dtype) / draw["temperature"] + noise_NV
+        differs_BL = torch.zeros_like(masked_BL).flatten().scatter(0, flat_N, target_NV.argmax(dim=-1) != x_N).view(masked_BL.shape)
+        first_BL = wanted_BL & (masked_BL.cumsum(dim=1) == 1)
+        settled_BL = wanted_BL & (((differs_BL & ~first_BL).cumsum(dim=1) == 0) | first_BL)
+        is_end_BL = torch.isin(drafted_BL, ends) & settled_BL
+        settled_BL = settled_BL & (is_end_BL.cumsum(dim=1) - is_end_BL.to(torch.int64) == 0)
+        has_ended_B = is_end_BL.any(dim=1)
+        masked_BL = masked_BL & ~settled_BL
+        given_back_BL = masked_BL & has_ended_B[:, None]
+        tokens_BL = torch.where(settled_BL, drafted_BL, tokens_BL)
+        if end_ids:
+            tokens_BL, masked_BL = tokens_BL.masked_fill(given_back_BL, end_ids[0]), masked_BL & ~given_back_BL
+        c_BL = torch.zeros(masked_BL.shape, device=tokens_BL.device).flatten().scatter(0, flat_N, confidence(log_p_NV, x_N)).view(masked_BL.shape)
+        yield Step(step, tokens_BL.clone(), masked_BL.clone(), settled_BL, c_BL.masked_fill(~settled_BL, 0.0), given_back_BL, step + 1)
+        step += 1

@@ -1,0 +1,279 @@
+"""Revision: tokens that have settled may change again. For bidirectional models; given tokens never change.
+
+| revision | a step, for each row by itself | source | strength |
+| remdm | masked tokens are revealed with probability r, settled ones masked again with probability sigma (below) | ReMDM (2503.00307) | the cap of sigma, 0.02 |
+| p2 | score every position: a masked one its candidate, a settled one the token that stands there; keep the best n - floor((1 - (j+1)/S) n), mask the rest | P2 (2502.03540), section 3 | |
+| wino | in a block: settle all with c > `threshold` (0.6), and mask again what the others of the block doubt: p(x_i without x_i) < strength | WINO (2507.18578) | 0.9 |
+| gidd | on the finished text: of the positions whose draw differs from what stands there, change the surest one | GIDD (2503.04482), self-correction | temperature of the draws, 0.1 |
+| edits | on the finished text: change every position where another token has p >= strength | Seed Diffusion (2508.02193) trains for it | 0.9 |
+
+ReMDM, on the linear grid t = (S-j)/S -> s = (S-j-1)/S, alpha_t = 1 - t:
+
+    sigma = min(cap, 1, (1 - alpha_s) / alpha_t),    r = (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)
+
+so that the expected share of settled tokens stays alpha_s, as in training; at the last step sigma = 0 and r = 1.
+
+`remdm`, `p2` and `wino` work with every masked model, though one that was trained on masks alone has never been asked to doubt a
+visible token. `gidd` and `edits` read the model's opinion of visible tokens and refuse models that were not trained for it. They
+first fill the canvas as the other settings say (loop.py), and then polish it.
+
+WINO asks a second time in the same forward: behind the canvas stands a shadow of the block, masks at the same positions, each of
+which sees everything but the token whose place it holds. Under `shift` the shadow of token i holds the place of i-1, whose hidden
+state predicts it. Released settings are kept: at most clamp(0.7 n, 5, 20) tokens settle a step, none is doubted in a step that
+settles one, and fewer are masked again than settled in the step before, so that every block ends.
+
+Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..diffusion.randomness import SAMPLE_ORDER, counter_uniform
+from .blocks import Layout
+from .cache import Asked, Reader
+from .canvas import Canvas, Predictor
+from .draw import draw_tokens
+from .filters import ban
+from .order import best, confidence
+from .predictions import places
+from .step import Step
+
+REVISIONS = {"remdm": 0.02, "p2": None, "wino": 0.9, "gidd": 0.1, "edits": 0.9}  # name -> default strength
+POLISHING = ("gidd", "edits")
+MOST_ROUNDS, PATIENCE = 128, 32  # of polishing; GIDD's settings
+_REMASK = 4  # one more key, so that these draws are another stream than those of the order
+# Corruptions whose models have learned to doubt visible tokens.
+_DOUBTERS = {"gidd": ("gidd", "uniform"), "edits": ("gidd", "uniform", "edit")}
+
+
+def check_revision(revision: str, strength: float | None, predictor: Predictor) -> float | None:
+    """The strength to use. Raises ValueError for an unknown revision, a strength without meaning, and a model that cannot do it."""
+    if revision not in REVISIONS:
+        raise ValueError(f"unknown revision {revision!r}; valid: {', '.join(REVISIONS)}")
+    default = REVISIONS[revision]
+    if strength is not None and (default is None or not 0 <= strength <= 1):
+        raise ValueError(f"revision_strength is {strength}; " + ("p2 has none" if default is None else "it must lie in [0, 1]"))
+    trained = str(getattr(predictor, "corruption", "masking"))
+    if revision in _DOUBTERS and not any(word in trained for word in _DOUBTERS[revision]):
+        raise ValueError(
+            f"revision {revision!r} reads what the model thinks of visible tokens, and this one was trained with corruption {trained!r}:"
+            " masks only, so it has never learned to doubt them; use remdm, p2 or wino"
+        )
+    return default if strength is None else strength
+
+
+@dataclass
+class Reviser:
+    """What all revisions need: who answers, how tokens are drawn, and the state. draw: arguments of draw_tokens."""
+
+    predictor: Predictor
+    canvas: Canvas
+    reader: Reader
+    draw: dict
+    banned_ids: Sequence[int]
+    forwards_each: int = 1  # with guidance, 2
+    nfe: int = 0
+
+    def __post_init__(self):
+        self.open_BL = self.canvas.masked_BL  # positions that the sampler fills, and may change
+        self.keys_BL = self.canvas.row_keys_B[:, None].expand(self.open_BL.shape)
+        self.masked_BL = self.open_BL.clone()
+        self.tokens_BL = self.canvas.tokens_BL.masked_fill(self.open_BL, self.predictor.mask_token_id)
+
+    def ask(self, wanted_BL: torch.Tensor, step: int, **draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number."""
+        counts = wanted_BL.sum(dim=1).tolist()
+        if not any(counts):
+            return None
+        flat_N = places(wanted_BL, sum(counts))
+        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, [0] * len(counts), [n > 0 for n in counts]))
+        self.nfe += self.forwards_each
+        return self.judge(logits_NV, flat_N, step, **draw)
+
+    def judge(self, logits_NV: torch.Tensor, flat_N: torch.Tensor, step: int, **draw):
+        logits_NV = ban(logits_NV, self.predictor.mask_token_id, self.predictor.vocab_size, self.banned_ids)
+        keys_N, positions_N = self.keys_BL.flatten()[flat_N], self.canvas.positions_BL.flatten()[flat_N]
+        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **(self.draw | draw))
+        return torch.log_softmax(logits_NV, dim=-1), x_hat_N, flat_N
+
+    def spread(self, values_N: torch.Tensor, flat_N: torch.Tensor, rest_BL: torch.Tensor) -> torch.Tensor:
+        """rest_BL with `values_N` at their places."""
+        return rest_BL.flatten().scatter(0, flat_N, values_N.to(rest_BL.dtype)).view(rest_BL.shape)
+
+    def settle(self, index: int, tokens_BL: torch.Tensor, masked_BL: torch.Tensor, confidence_BL: torch.Tensor) -> Step:
+        """Take the new state over; a Step in which what changed counts as committed."""
+        tokens_BL = tokens_BL.masked_fill(masked_BL, self.predictor.mask_token_id)
+        committed_BL = ~masked_BL & (self.masked_BL | (tokens_BL != self.tokens_BL)) & self.open_BL
+        self.tokens_BL, self.masked_BL = tokens_BL, masked_BL
+        nothing_BL = torch.zeros_like(masked_BL)
+        return Step(
+            index, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL.masked_fill(~committed_BL, 0.0), nothing_BL, self.nfe
+        )
+
+    def steps_of_rows(self, num_steps: int | None) -> torch.Tensor:
+        """S_B: num_steps, or as many as a row has positions to fill."""
+        total_B = self.open_BL.sum(dim=1)
+        return total_B.clamp(min=1) if num_steps is None else torch.full_like(total_B, num_steps)
+
+
+def remdm(reviser: Reviser, num_steps: int | None, cap: float) -> Iterator[Step]:
+    """S steps of the reverse process with remasking; see the table above. A step that reveals nothing costs no forward."""
+    steps_B = reviser.steps_of_rows(num_steps)
+    for step in range(int(steps_B.max())):
+        t_B, s_B = ((steps_B - at).clamp(min=0).to(torch.float64) / steps_B for at in (step, step + 1))
+        sigma_B = (s_B / (1 - t_B).clamp(min=1e-12)).clamp(max=min(cap, 1.0))
+        sigma_B = torch.where(t_B >= 1, min(cap, 1.0), sigma_B)  # nothing has settled yet: sigma changes nothing
+        reveal_B = torch.where(s_B > 0, (1 - s_B - (1 - sigma_B) * (1 - t_B)) / t_B.clamp(min=1e-12), 1.0)
+        u_BL = counter_uniform(SAMPLE_ORDER, reviser.draw["seed"], reviser.keys_BL, step, reviser.canvas.positions_BL, _REMASK)
+        wanted_BL = reviser.masked_BL & (u_BL < reveal_B[:, None])
+        again_BL = reviser.open_BL & ~reviser.masked_BL & (u_BL < (sigma_B * (t_B > 0))[:, None])
+        yield _committed(reviser, step, wanted_BL, again_BL)
+
+
+def p2(reviser: Reviser, num_steps: int | None) -> Iterator[Step]:
+    """S steps; after step j the best n - floor((1 - (j+1)/S) n) positions stand, whatever stood before."""
+    steps_B, n_B = reviser.steps_of_rows(num_steps), reviser.open_BL.sum(dim=1)
+    for step in range(int(steps_B.max())):
+        active_B = step < steps_B
+        answer = reviser.ask(reviser.open_BL & active_B[:, None], step)
+        if answer is None:
+            return
+        log_p_NV, x_hat_N, flat_N = answer
+        standing_N = torch.where(reviser.masked_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N])
+        tokens_BL = reviser.spread(standing_N, flat_N, reviser.tokens_BL)
+        c_BL = reviser.spread(confidence(log_p_NV, standing_N), flat_N, torch.zeros(reviser.open_BL.shape, device=flat_N.device))
+        kept_B = n_B - n_B * (steps_B - step - 1).clamp(min=0) // steps_B
+        kept_BL = best(c_BL, reviser.open_BL, kept_B) | ~active_B[:, None]
+        yield reviser.settle(step, tokens_BL, reviser.open_BL & ~kept_BL, c_BL)
+
+
+def polish(reviser: Reviser, revision: str, strength: float, first_step: int, num_rounds: int) -> Iterator[Step]:
+    """Rounds of gidd or edits on a finished canvas (reviser.masked_BL is all False), until nothing changes in any row.
+
+    gidd stops a row as well when its self-accuracy (the share of tokens that are the model's first choice) has not grown for PATIENCE
+    rounds.
+    """
+    rows = reviser.open_BL.shape[0]
+    active_B = torch.ones(rows, dtype=torch.bool, device=reviser.open_BL.device)
+    best_B, since_B = torch.full((rows,), -1.0, device=active_B.device), torch.zeros(rows, dtype=torch.int64, device=active_B.device)
+    own = {"temperature": strength} if revision == "gidd" else {"temperature": 0.0}
+    for round_number in range(num_rounds):
+        # Draws are keyed by the round: when the canvas was finished depends on the other rows.
+        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, **own)
+        if answer is None:
+            return
+        log_p_NV, x_hat_N, flat_N = answer
+        zeros_BL = torch.zeros(reviser.open_BL.shape, device=flat_N.device)
+        c_BL = reviser.spread(confidence(log_p_NV, x_hat_N), flat_N, zeros_BL)
+        wanted_BL = reviser.spread(x_hat_N, flat_N, reviser.tokens_BL)
+        differs_BL = wanted_BL != reviser.tokens_BL
+        if revision == "gidd":
+            is_first_BL = reviser.spread(log_p_NV.argmax(dim=-1), flat_N, torch.full_like(reviser.tokens_BL, -1)) == reviser.tokens_BL
+            accuracy_B = (is_first_BL & reviser.open_BL).sum(dim=1) / reviser.open_BL.sum(dim=1).clamp(min=1)
+            since_B = torch.where(accuracy_B > best_B, 0, since_B + 1)
+            best_B = torch.maximum(best_B, accuracy_B)
+            changes_BL = best(c_BL, differs_BL, torch.ones_like(since_B)) & (since_B < PATIENCE)[:, None]
+        else:
+            changes_BL = differs_BL & (c_BL >= strength)
+        active_B = changes_BL.any(dim=1)
+        if not bool(active_B.any()):
+            return
+        yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL)
+
+
+def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int]) -> Iterator[Step]:
+    """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it."""
+    last = None
+    for last in steps:
+        yield last
+    if last is None:
+        return
+    reviser.tokens_BL, reviser.masked_BL, reviser.nfe = last.tokens_BL, last.masked_BL, last.nfe
+    if end_ids:
+        ends = torch.tensor(list(end_ids), device=last.tokens_BL.device)
+        is_end_BL = torch.isin(last.tokens_BL, ends) & reviser.open_BL
+        reviser.open_BL = reviser.open_BL & (is_end_BL.cumsum(dim=1) == 0)
+        reviser.banned_ids = (*reviser.banned_ids, *end_ids)  # no new end in the middle
+    yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)
+
+
+def wino(reviser: Reviser, layout: Layout, threshold: float, doubt: float) -> Iterator[Step]:
+    """Blocks from the left, each until it has no mask; see the table above."""
+    predictor, canvas = reviser.predictor, reviser.canvas
+    length, device = canvas.tokens_BL.shape[1], canvas.tokens_BL.device
+    lag = int(predictor.alignment == "shift")
+    last_B = torch.full((canvas.tokens_BL.shape[0],), 30, dtype=torch.int64, device=device)
+    part_B, step = torch.full_like(last_B, -1), 0
+    while True:
+        now_B = layout.number_BL.masked_fill(~reviser.masked_BL, length).min(dim=1).values
+        numbers = now_B.tolist()
+        if all(number >= length for number in numbers):
+            return
+        last_B = torch.where(now_B == part_B, last_B, 30)
+        part_B = now_B
+        block_BL = reviser.open_BL & (layout.number_BL == now_B[:, None])
+        open_BL, stands_BL = block_BL & reviser.masked_BL, block_BL & ~reviser.masked_BL
+        log_p_NV, x_hat_N, flat_N = reviser.judge(_with_shadow(reviser, open_BL, stands_BL, lag), _both(open_BL, stands_BL), step)
+        c_N = confidence(log_p_NV, torch.where(open_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N]))
+        c_BL = reviser.spread(c_N, flat_N, torch.zeros(open_BL.shape, device=device))
+        tokens_BL = torch.where(open_BL, reviser.spread(x_hat_N, flat_N, reviser.tokens_BL), reviser.tokens_BL)
+        most_B = (open_BL.sum(dim=1) * 7 // 10).clamp(5, 20)
+        count_B = (open_BL & (c_BL > threshold)).sum(dim=1).clamp(min=1).minimum(most_B).minimum(open_BL.sum(dim=1))
+        settles_BL = best(c_BL, open_BL, count_B)
+        doubted_BL = stands_BL & (c_BL < doubt) & (count_B > 1)[:, None]
+        doubted_BL = best(-c_BL, doubted_BL, torch.minimum(doubted_BL.sum(dim=1), (last_B - 1).clamp(min=0)))
+        last_B = torch.where(now_B < length, count_B, last_B)
+        yield reviser.settle(step, torch.where(settles_BL, tokens_BL, reviser.tokens_BL), (reviser.masked_BL & ~settles_BL) | doubted_BL, c_BL)
+        step += 1
+
+
+def _committed(reviser: Reviser, step: int, wanted_BL: torch.Tensor, again_BL: torch.Tensor) -> Step:
+    """A step in which `wanted_BL` is revealed and `again_BL` masked."""
+    answer = reviser.ask(wanted_BL, step)
+    tokens_BL, c_BL = reviser.tokens_BL, torch.zeros(wanted_BL.shape, device=wanted_BL.device)
+    if answer is not None:
+        log_p_NV, x_hat_N, flat_N = answer
+        tokens_BL = reviser.spread(x_hat_N, flat_N, tokens_BL)
+        c_BL = reviser.spread(confidence(log_p_NV, x_hat_N), flat_N, c_BL)
+    return reviser.settle(step, tokens_BL, (reviser.masked_BL & ~wanted_BL) | again_BL, c_BL)
+
+
+def _both(open_BL: torch.Tensor, stands_BL: torch.Tensor) -> torch.Tensor:
+    """Places of the masked positions of the blocks, then of the settled ones, each row-major: the order of _with_shadow."""
+    return torch.cat([places(x_BL, int(x_BL.sum())) for x_BL in (open_BL, stands_BL)])
+
+
+def _with_shadow(reviser: Reviser, open_BL: torch.Tensor, stands_BL: torch.Tensor, lag: int) -> torch.Tensor:
+    """logits_NV of one forward of canvas and shadow: of the masked positions by the canvas, of the settled ones by the shadow.
+
+    The shadow has one column for each settled token of the block (padded to the longest row); it sees the canvas without that token,
+    and nothing of the shadow but itself.
+    """
+    predictor, canvas = reviser.predictor, reviser.canvas
+    rows, length = open_BL.shape
+    device = open_BL.device
+    num_standing_B = stands_BL.sum(dim=1)
+    width = int(num_standing_B.max())
+    held_BW = torch.sort((~stands_BL).to(torch.int8), dim=1, stable=True).indices[:, :width]  # the columns that the shadow holds
+    real_BW = torch.arange(width, device=device) < num_standing_B[:, None]
+    tokens_BQ = torch.cat([reviser.tokens_BL, torch.full_like(held_BW, predictor.mask_token_id)], dim=1)
+    shadow_positions_BW = (canvas.positions_BL.gather(1, held_BW) - lag).clamp(min=0)
+    positions_BQ = torch.cat([canvas.positions_BL, shadow_positions_BW], dim=1)
+    columns_L = torch.arange(length, device=device)
+    seen_BQQ = torch.zeros(rows, length + width, length + width, dtype=torch.bool, device=device)
+    same_BLL = True if canvas.segments_BL is None else canvas.segments_BL[:, :, None] == canvas.segments_BL[:, None, :]
+    seen_BQQ[:, :length, :length] = same_BLL
+    of_row_BL = torch.ones_like(open_BL) if canvas.segments_BL is None else canvas.segments_BL == 0
+    seen_BQQ[:, length:, :length] = of_row_BL[:, None, :] & (columns_L != held_BW[:, :, None])
+    seen_BQQ[:, length:, length:] = torch.eye(width, dtype=torch.bool, device=device)
+    reading_BL = torch.roll(open_BL, -1, dims=1) if lag else open_BL
+    kept_BQ = torch.cat([reading_BL, real_BW], dim=1)
+    columns_BQ = torch.arange(length + width, device=device)[None]
+    logits_NV = predictor.forward_columns(tokens_BQ, positions_BQ, kept_BQ, seen_BQQ, length + width, None, columns_BQ, None)
+    reviser.nfe += 1
+    of_shadow_N = kept_BQ.nonzero()[:, 1] >= length
+    return torch.cat([logits_NV[~of_shadow_N], logits_NV[of_shadow_N]])

@@ -1,0 +1,127 @@
+"""Forwards over windows of columns, against the stored keys of the others: what caches and speculation are made of.
+
+Shapes: B rows of the canvas, R rows of a forward, L columns, Q columns of a forward, K keys, N hidden states that are read, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import pad
+
+from ..diffusion.block_attention import sees_at_inference
+from .canvas import ROW, Canvas, Predictor
+
+
+class WindowPredictor(Predictor, Protocol):
+    """A model that computes chosen columns against stored keys.
+
+    attention: its pattern, `bidirectional` or one of BLOCK_PATTERNS. block_length: of its training, None for bidirectional.
+    """
+
+    attention: str
+    block_length: int | None
+
+    def new_store(self, num_rows: int, num_columns: int) -> Any:
+        """Room for the keys and values of a canvas; `keep_rows(rows)` forgets the others."""
+        ...
+
+    def forward_columns(
+        self,
+        tokens_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
+        kept: torch.Tensor,
+        seen_BQK: torch.Tensor | None,
+        num_keys: int,
+        store: Any,
+        columns_BQ: torch.Tensor,
+        rows_B: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits of the hidden states (not aligned) that `kept` names: a boolean (B, Q), giving (N, V), or positions among the Q
+        columns, integers (B, M), giving (B, M, V). Written to the store at columns_BQ (one row of it stands for all; L is nowhere)
+        of its rows rows_B (None: all). The keys are the store's first `num_keys` columns, or without a store the Q columns
+        themselves; seen_BQK None: every query sees all of them."""
+        ...
+
+
+class Windows:
+    """One forward of a window [first, end) of columns in each row: gathering, padding, masks. Windows that are the same as last
+    time keep their index tensors and their mask."""
+
+    def __init__(self, predictor: WindowPredictor, canvas: Canvas, store: Any):
+        self.predictor, self.canvas, self.store = predictor, canvas, store
+        self.length = canvas.tokens_BL.shape[1]
+        self.device = canvas.tokens_BL.device
+        self.positions_BL = pad(canvas.positions_BL, (0, 1))
+        self.padding_BL = None if canvas.segments_BL is None else canvas.segments_BL != ROW
+        self.key, self.prepared = None, None
+
+    def forward(
+        self,
+        rows: list[int],
+        windows: list[tuple[int, int]],
+        reach: list[int],
+        rule: Any,
+        tokens_BL: torch.Tensor,
+        reading_BL: torch.Tensor,
+        counts: list[int],
+        slots: list[int] | None = None,
+    ) -> torch.Tensor:
+        """logits_NV of the hidden states in `rows` where reading_BL is True, `counts` in each row of the canvas, row-major.
+
+        reach: of each of `rows`, the end of the columns that it sees. rule: None where each query sees all of these; else (pattern,
+        block length, origins, first noised columns), the arguments of sees_at_inference. slots: rows of the store when they are not
+        all of it."""
+        columns_RQ, index_R, seen_RQK, num_keys = self._prepare(rows, windows, reach, rule)
+        tokens_RQ, positions_RQ, kept_RQ = (
+            self._take(x, index_R, columns_RQ, len(rows)) for x in (pad(tokens_BL, (0, 1)), self.positions_BL, pad(reading_BL, (0, 1)))
+        )
+        equal = len({counts[row] for row in rows}) == 1
+        kept = kept_RQ
+        if equal:  # the same number in each row: places instead of a mask, which would make the host wait for the device
+            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, : counts[rows[0]]]
+        logits = self.predictor.forward_columns(
+            tokens_RQ, positions_RQ, kept, seen_RQK, num_keys, self.store, columns_RQ,
+            None if slots is None else torch.tensor(slots, device=self.device),
+        )  # fmt: skip
+        return logits.flatten(0, 1) if equal else logits
+
+    def _take(self, x_BL: torch.Tensor, index_R: torch.Tensor | None, columns_RQ: torch.Tensor, rows: int) -> torch.Tensor:
+        x_RL = x_BL if index_R is None else x_BL[index_R]
+        return x_RL.gather(1, columns_RQ.expand(rows, -1))
+
+    def _prepare(self, rows: list[int], windows: list[tuple[int, int]], reach: list[int], rule: Any) -> tuple:
+        key = (tuple(rows), tuple(windows), tuple(reach), None if rule is None else (*rule[:2], *map(tuple, rule[2:])))
+        if key == self.key:
+            return self.prepared
+        width, num_keys = max(end - first for first, end in windows), max(reach)
+        same = len(set(windows)) == 1
+        listed = [
+            list(range(first, end)) + [self.length] * (width - end + first) for first, end in (windows[:1] if same else windows)
+        ]
+        columns_RQ = torch.tensor(listed, device=self.device)
+        index_R = None if rows == list(range(self.canvas.tokens_BL.shape[0])) else torch.tensor(rows, device=self.device)
+        seen_RQK = self._seen(rows, windows, reach, rule, columns_RQ, index_R, num_keys)
+        self.key, self.prepared = key, (columns_RQ, index_R, seen_RQK, num_keys)
+        return self.prepared
+
+    def _seen(self, rows, windows, reach, rule, columns_RQ, index_R, num_keys: int) -> torch.Tensor | None:
+        """None when every query sees every key: then the kernel needs no mask."""
+        if rule is None and len(set(reach)) == 1 and self.padding_BL is None:
+            return None
+        keys_RK = torch.arange(num_keys, device=self.device)[None] if self.store is not None else columns_RQ
+        query, key = columns_RQ[:, :, None], keys_RK[:, None, :]
+        seen = key < torch.tensor(reach, device=self.device)[:, None, None]
+        if rule is not None:
+            pattern, block_length, origins, noised_from = rule
+            origin, noised = (torch.tensor(x, device=self.device)[:, None, None] for x in (origins, noised_from))
+            # Padding queries stand for nothing; the first column of the window in their place keeps a key for softmax.
+            real = torch.minimum(query, torch.tensor([end - 1 for _, end in windows], device=self.device)[:, None, None])
+            seen = seen & sees_at_inference(real, key, pattern, block_length, origin, noised)
+        if self.padding_BL is not None:
+            padding_BL = pad(self.padding_BL, (0, 1), value=True)
+            padding_RK = (padding_BL if index_R is None else padding_BL[index_R]).gather(1, keys_RK.expand(len(rows), -1))
+            seen = seen & ~padding_RK[:, None, :]
+        return seen.expand(seen.shape[0], columns_RQ.shape[1], keys_RK.shape[1])

@@ -1,0 +1,124 @@
+"""Fast-dLLM's prefix and dual cache of bidirectional models: against a slow, obvious one built on plain forwards of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_decoders import MASK, denoiser_of
+
+from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts
+from dlmconvert.sampling.denoise import denoise, generate
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16]]
+NEW = 10
+
+
+class StaleModel:
+    """One row, whose layers are asked through hooks: queries of a window against keys and values as they were at the last full
+    forward, those of the window as they are now. Nothing is cached but the inputs of each attention layer."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.stored = denoiser, None
+
+    @torch.no_grad()
+    def logits(self, state: list[int], window: range | None) -> torch.Tensor:
+        """logits_LV; of a window only its own rows mean anything. window None: the full forward, which is remembered."""
+        from transformers.cache_utils import Cache, DynamicLayer
+
+        model, whole = self.denoiser.model, list(range(len(state)))
+        stored = self.stored
+
+        class Layer(DynamicLayer):
+            def update(self, keys, values, *args, **kwargs):
+                if window is not None:
+                    old_keys, old_values = stored[self.number]
+                    old_keys, old_values = old_keys.clone(), old_values.clone()
+                    old_keys[:, :, list(window)], old_values[:, :, list(window)] = keys, values
+                    keys, values = old_keys, old_values
+                self.now = keys.clone(), values.clone()
+                return keys, values
+
+            def get_seq_length(self):
+                return 0
+
+        layers = [Layer() for _ in range(model.config.num_hidden_layers)]
+        for number, layer in enumerate(layers):
+            layer.number = number
+        columns = whole if window is None else list(window)
+        logits_QV = model(
+            input_ids=torch.tensor([[state[i] for i in columns]]), position_ids=torch.tensor([columns]), use_cache=True,
+            past_key_values=Cache(layers=layers), attention_mask=torch.zeros(1, 1, len(columns), len(whole)),
+        ).logits[0]  # fmt: skip
+        self.stored = [layer.now for layer in layers]
+        logits_LV = torch.full((len(state), logits_QV.shape[1]), float("nan"))
+        logits_LV[columns] = logits_QV
+        return logits_LV
+
+
+def slow_cached_decoder(denoiser, row, kind, block_length) -> list[int]:
+    """Greedy, most confident first, one token a step."""
+    shift = int(denoiser.alignment == "shift")
+    state = [MASK if token is None else token for token in row]
+    holes = [i for i, token in enumerate(row) if token is None]
+    model = StaleModel(denoiser)
+    for start in range(0, len(holes), block_length):
+        block = holes[start : start + block_length]
+        first, end, fresh = block[0], block[-1] + 1, True
+        while block:
+            window = None if fresh else range(max(first - shift, 0), len(row) if kind == "prefix" else end)
+            fresh = False
+            logits = model.logits(state, window)
+            logits[:, MASK] = float("-inf")
+            best = max(block, key=lambda i: float(torch.softmax(logits[i - shift], -1).max()))
+            state[best] = int(logits[best - shift].argmax())
+            block.remove(best)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("family, alignment", [("gpt2", "shift"), ("llama", "in_place"), ("llama", "shift"), ("qwen3", "in_place")])
+def test_the_slow_decoder_agrees_also_for_gaps(kind, family, alignment):
+    denoiser = denoiser_of(family, alignment=alignment)
+    rows = [[5, None, None, 6, 7, None, None, None, 8, 9, None], [1, 2] + [None] * 9, [3] + [None] * 4]
+    canvas = build_canvas(rows, 0)
+    tokens = canvas.rows(generate(denoiser, canvas, order="confidence", block_length=4, cache=kind).tokens_BL)
+    assert tokens == [slow_cached_decoder(denoiser, row, kind, 4) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("alignment", ["shift", "in_place"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(order="entropy", threshold=0.05, block_length=4),
+        dict(order="random", num_steps=6, temperature=0.8, top_p=0.9, block_length=4),
+        dict(order="margin", factor=1.2, cfg_scale=0.5, block_length=3),
+        dict(order="confidence", entropy_bound=3.0, repetition_penalty=1.3),
+    ],
+    ids=str,
+)
+def test_a_row_of_a_batch_is_the_row_alone_whatever_is_combined(kind, alignment, settings):
+    denoiser = denoiser_of("llama", alignment=alignment)
+    longest = max(map(len, PROMPTS))
+    inputs_BP = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    seen_BP = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    left = canvas_after_prompts(inputs_BP, seen_BP, NEW, row_keys=[4, 5, 6])
+    right = build_canvas([p + [None] * NEW for p in PROMPTS], 0, row_keys=[4, 5, 6])
+    of_left, of_right = (canvas.rows(generate(denoiser, canvas, seed=3, cache=kind, **settings).tokens_BL) for canvas in (left, right))
+    assert of_left == of_right
+    for row, prompt in enumerate(PROMPTS):
+        alone = build_canvas([prompt + [None] * NEW], 0, row_keys=[4 + row])
+        assert alone.rows(generate(denoiser, alone, seed=3, cache=kind, **settings).tokens_BL) == [of_right[row]]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_the_first_step_of_each_block_is_exact_and_one_token_blocks_are_the_uncached_sampler(kind):
+    denoiser = denoiser_of("llama")
+    canvas = build_canvas([p + [None] * NEW for p in PROMPTS], 0)
+    plain, cached = (generate(denoiser, canvas, order="left_to_right", block_length=1, cache=cache).tokens_BL for cache in (None, kind))
+    assert torch.equal(plain, cached)
+    first_plain, first_cached = (
+        next(iter(denoise(denoiser, canvas, order="confidence", block_length=4, cache=cache))) for cache in (None, kind)
+    )
+    assert torch.equal(first_plain.tokens_BL, first_cached.tokens_BL)
+    torch.testing.assert_close(first_plain.confidence_BL, first_cached.confidence_BL)

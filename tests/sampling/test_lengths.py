@@ -1,0 +1,231 @@
+"""DAEDAL against the decisions of its program; gaps whose length is chosen; APD."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_predictors import HashPredictor, vectors
+
+from dlmconvert.sampling.canvas import build_canvas
+from dlmconvert.sampling.denoise import denoise, generate
+from dlmconvert.sampling.length import Growth, candidates, choose_lengths, daedal, eos_confidence
+
+GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None, "seed": 0}
+EOS, MASK = 62, 63
+
+
+class Standing:
+    """Predicts by absolute position alone, as the vectors' stand-in does."""
+
+    alignment, mask_token_id, vocab_size = "in_place", MASK, 64
+
+    def __init__(self, given):
+        self.rows = []
+        for token, p, second, share in zip(given["pred_token"], given["pred_conf"], given["second_token"], given["second_share"], strict=True):
+            p_V = torch.full((64,), (1 - p) * (1 - share) / 62, dtype=torch.float64)
+            p_V[token], p_V[second] = p, (1 - p) * share
+            self.rows.append(p_V.log())
+        self.table = torch.stack(self.rows)
+
+    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
+        return self.table[positions_BL[wanted_BL].clamp(max=len(self.table) - 1)].float()
+
+
+def test_eos_confidence_is_the_programs():
+    for case in vectors("09_daedal_decisions.json")["eos_confidence_cases"]:
+        given = case["inputs"]
+        p_GV = Standing(given).table[given["prompt_length"] : given["total_length"]].exp()
+        ours = eos_confidence(p_GV[:, EOS], p_GV.argmax(-1) == EOS, given["W"])
+        assert math.isclose(ours, case["expected"]["eos_confidence_released"], rel_tol=1e-5, abs_tol=1e-6)
+        # What the paper writes, for the record: the mean over the last W positions.
+        assert math.isclose(float(p_GV[-given["W"] :, EOS].mean()), case["expected"]["eos_confidence_paper"], rel_tol=1e-5, abs_tol=1e-6)
+
+
+def test_daedal_decides_as_its_program():
+    compared = 0
+    for case in vectors("09_daedal_decisions.json")["run_cases"]:
+        given, expected = case["inputs"], case["expected"]
+        if MASK in given["pred_token"]:
+            continue  # a model that predicts the mask token: we ban it, see the next test
+        growth = Growth(
+            initial=given["initial_gen_length"], block=given["block_length"], factor=given["expansion_factor"], window=given["eos_check_tokens"],
+            tau_eos=given["eos_confidence_threshold"], tau_expand=given["expand_eos_confidence_threshold"], tau_high=given["high_conf_threshold"],
+            tau_low=given["low_conf_threshold"],
+        )  # fmt: skip
+        canvas = build_canvas([given["prompt"] + [None] * given["max_gen_length"]], 0)
+        steps = list(daedal(Standing(given), canvas, growth, draw=GREEDY, banned_ids=(), end_ids=(EOS,), stops=False))
+        after_stage_1 = steps[: len(expected["stage1"])]
+        for step, decision in zip(after_stage_1[:-1], expected["stage1"][1:], strict=True):
+            assert int(step.masked_BL.sum()) == decision["gen_length"]
+        assert len(steps) == len(expected["stage1"]) + len(expected["stage2"])
+        for step, decision in zip(steps[len(expected["stage1"]) :], expected["stage2"], strict=True):
+            shown = step.tokens_BL[0].tolist()
+            assert shown[: len(decision["x_after"])] == decision["x_after"]
+            assert set(shown[len(decision["x_after"]) :]) <= {EOS}
+            compared += 1
+    assert compared > 30
+
+
+def test_daedal_never_writes_a_mask():
+    for case in vectors("09_daedal_decisions.json")["run_cases"]:
+        given = case["inputs"]
+        canvas = build_canvas([given["prompt"] + [None] * given["max_gen_length"]], 0)
+        last = list(denoise(Standing(given), canvas, initial_length=given["initial_gen_length"], block_length=4, end_ids=[EOS]))[-1]
+        assert MASK not in last.tokens_BL[0].tolist() and not bool(last.masked_BL.any())
+
+
+def test_growing_answers_in_a_batch_are_those_alone():
+    rows = [[1, 2] + [None] * 30, [3] + [None] * 40, [4, 5, 6] + [None] * 5]
+    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7])
+    together = build_canvas(rows, 0, row_keys=[4, 5, 6])
+    steps = list(denoise(HashPredictor(), together, **how))
+    filled = together.rows(steps[-1].tokens_BL)
+    for number, row in enumerate(rows):
+        alone = build_canvas([row], 0, row_keys=[4 + number])
+        assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
+    assert int(steps[0].masked_BL[1].sum()) <= 16 and any(int(step.masked_BL[1].sum()) > 8 for step in steps)
+
+
+@pytest.mark.parametrize(
+    "row, settings, message",
+    [
+        ([1, None], dict(), "eos_token_id"),
+        ([1, None, 2], dict(end_ids=[7]), "behind its gap"),
+        ([1, None, 2, None], dict(end_ids=[7]), "several gaps"),
+        ([1, None], dict(end_ids=[7], num_steps=3), "steps"),
+        ([1, None], dict(end_ids=[7], initial_length=0), "at least 1"),
+    ],
+)
+def test_what_cannot_grow_is_refused(row, settings, message):
+    with pytest.raises(ValueError, match=message):
+        denoise(HashPredictor(), build_canvas([row], 0), **{"initial_length": 4, **settings})
+
+
+# Gaps of unknown length.
+
+
+class Counts(HashPredictor):
+    """Sure of 2 everywhere, except that the token after the gap fits only when the gap has `right` tokens."""
+
+    def __init__(self, right):
+        super().__init__(alignment="in_place")
+        self.right = right
+
+    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
+        rows_N, columns_N = wanted_BL.nonzero(as_tuple=True)
+        logits_NV = torch.zeros(len(rows_N), self.rows_of_output)
+        logits_NV[:, 2] = 4.0
+        lengths_B = (tokens_BL == 2).sum(dim=1)
+        fits_N = (lengths_B[rows_N] == self.right) & ~(tokens_BL == 9).any(dim=1)[rows_N]
+        logits_NV[fits_N, 9] = 9.0
+        return logits_NV
+
+
+@pytest.mark.parametrize("right", [2, 4, 5])
+def test_the_length_that_lets_the_text_join_is_chosen(right):
+    def fill(rows):
+        filled = [[2 if token is None else token for token in row] for row in rows]
+        return filled, [[0.9] * len(row) for row in rows]
+
+    rows = [[1, (2, 6), 9, 9], [1, (3, 3), 9, (2, 6)]]
+    first, second = choose_lengths(Counts(right), rows, fill, "cpu")
+    assert first == [1] + [None] * right + [9, 9]
+    assert second[:5] == [1, None, None, None, 9] and 2 <= len(second) - 5 <= 6
+
+
+def test_candidates_are_few_and_hold_both_ends():
+    assert candidates(3, 3) == [3] and candidates(4, 7) == [4, 5, 6, 7]
+    spread = candidates(4, 240)
+    assert spread[0] == 4 and spread[-1] == 240 and len(spread) <= 8
+    for low, high in ((0, 3), (5, 4)):
+        with pytest.raises(ValueError, match="bounds"):
+            candidates(low, high)
+
+
+# APD.
+
+
+class Causal(HashPredictor):
+    """An AR model: logits are a hash of what stands left of the position."""
+
+    def __init__(self, salt=3):
+        super().__init__()
+        self.salt = salt
+
+    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
+        rows_N, columns_N = wanted_BL.nonzero(as_tuple=True)
+        logits = []
+        for row, column in zip(rows_N.tolist(), columns_N.tolist(), strict=True):
+            left = [int(t) for t, real in zip(tokens_BL[row, :column], _real(segments_BL, tokens_BL)[row, :column], strict=True) if real]
+            generator = torch.Generator().manual_seed(hash((self.salt, *left)) % (1 << 31))
+            logits.append(4 * torch.rand(self.rows_of_output, generator=generator))
+        return torch.stack(logits)
+
+
+def _real(segments_BL, tokens_BL):
+    return torch.ones_like(tokens_BL, dtype=torch.bool) if segments_BL is None else segments_BL == 0
+
+
+def slow_apd(row: list[int | None], lookahead: int, weight: float) -> list[int]:
+    state = [23 if t is None else t for t in row]
+    diffusion, small = HashPredictor(), Causal()
+    while 23 in state:
+        holes = [i for i, t in enumerate(state) if t == 23][:lookahead]
+
+        def log_p(model, tokens, place):
+            wanted = torch.tensor([[i == place for i in range(len(tokens))]])
+            logits = model.predict(torch.tensor([tokens]), wanted, torch.arange(len(tokens))[None], None)[0, :23]
+            return torch.log_softmax(logits, -1)
+
+        of_diffusion = [log_p(diffusion, state, i) for i in holes]
+        drafted = list(state)
+        for i, p in zip(holes, of_diffusion, strict=True):
+            drafted[i] = int(p.argmax())
+        for number, (i, p) in enumerate(zip(holes, of_diffusion, strict=True)):
+            target = weight * p + (1 - weight) * log_p(small, drafted, i)
+            if number and int(target.argmax()) != drafted[i]:
+                break
+            state[i] = drafted[i]
+    return state
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_apd_is_the_slow_one(weight):
+    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
+    canvas = build_canvas(rows, 0)
+    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4)
+    assert canvas.rows(done.tokens_BL) == [slow_apd(row, 4, weight) for row in rows]
+    if weight == 1.0:
+        assert done.nfe == 3
+
+
+def test_apd_above_temperature_0_in_a_batch_is_the_row_alone():
+    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
+    how = dict(helper=Causal(), draft_length=4, temperature=1.0, seed=1, end_ids=[7])
+    together = build_canvas(rows, 0, row_keys=[2, 3])
+    filled = together.rows(generate(HashPredictor(), together, **how).tokens_BL)
+    for number, row in enumerate(rows):
+        alone = build_canvas([row], 0, row_keys=[2 + number])
+        assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
+
+
+def test_a_gap_with_bounds_is_filled_with_as_many_tokens_as_fit():
+    from dlmconvert.sampling.api import infill
+
+    rows = [[1, (2, 6), 9, 9], [1, 4, None, 5]]
+    first, second = infill(Counts(4), rows, device="cpu")
+    assert first == [1, 2, 2, 2, 2, 9, 9] and len(second) == 4 and second[:2] == [1, 4]
+    alone = infill(HashPredictor(), [[1, (2, 9), 3, 4, (1, 4)]], device="cpu")[0]
+    assert alone == infill(HashPredictor(), [[1, (2, 9), 3, 4, (1, 4)], [5, None, 6]], device="cpu")[0]
+    assert 1 + 2 + 2 + 1 <= len(alone) <= 1 + 9 + 2 + 4
+
+
+def test_bounds_in_a_text():
+    from dlmconvert.sampling.text import parse_gaps
+
+    assert parse_gaps("a[[MASK:4-24]]b[[MASK:2]]") == ["a", (4, 24), "b", 2]
+    for text, message in (("[[MASK:5-4]]", "must rise"), ("[[MASK:0-4]]", "at least 1"), ("[[MASK:4-]]", "malformed")):
+        with pytest.raises(ValueError, match=message):
+            parse_gaps(text)

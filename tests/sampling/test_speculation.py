@@ -1,0 +1,170 @@
+"""Self-speculation: at temperature 0 the AR text, token for token; above it the AR distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_decoders import MASK, denoiser_of
+from tiny_predictors import TableWindowPredictor, chi_square_limit, vectors
+
+from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts
+from dlmconvert.sampling.denoise import denoise, generate
+from dlmconvert.sampling.speculate import accept
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16]]
+NEW = 11
+
+
+@torch.no_grad()
+def autoregressive(denoiser, prompt: list[int], num_new: int) -> list[int]:
+    """Greedy decoding by transformers alone: whole rows, causal, no cache."""
+    state = list(prompt)
+    for _ in range(num_new):
+        logits_V = denoiser.model(torch.tensor([state]), is_causal=True).logits[0, -1]
+        logits_V[MASK] = float("-inf")
+        state.append(int(logits_V.argmax()))
+    return state
+
+
+@pytest.mark.parametrize("pattern", ["context_causal", "causal_in_block"])
+@pytest.mark.parametrize("family, alignment", [("gpt2", "shift"), ("llama", "in_place"), ("qwen3", "shift")])
+@pytest.mark.parametrize("draft_length", [1, 3, 20])
+def test_greedy_speculation_is_greedy_ar_decoding(pattern, family, alignment, draft_length):
+    denoiser = denoiser_of(family, pattern, alignment, 4)
+    canvas = build_canvas([p + [None] * NEW for p in PROMPTS], 0)
+    steps = list(denoise(denoiser, canvas, draft_length=draft_length))
+    expected = [autoregressive(denoiser, p, NEW) for p in PROMPTS]
+    assert canvas.rows(steps[-1].tokens_BL) == expected
+    assert not bool(steps[-1].masked_BL.any()) and steps[-1].nfe == 2 * len(steps)
+    assert sum(step.committed_BL for step in steps).equal(canvas.masked_BL.long())
+    longest = max(map(len, PROMPTS))
+    inputs_BP = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    seen_BP = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    left = canvas_after_prompts(inputs_BP, seen_BP, NEW)
+    assert left.rows(generate(denoiser, left, draft_length=draft_length).tokens_BL) == expected
+
+
+def test_a_drafter_that_is_right_settles_everything_it_drafts():
+    # A model whose noised first block sees what the causal pass sees: one drafted token behind the last is p itself (causal_in_block, shift).
+    denoiser = denoiser_of("llama", "causal_in_block", "shift", 4)
+    canvas = build_canvas([PROMPTS[0] + [None] * 10], 0)
+    steps = list(denoise(denoiser, canvas, draft_length=1))
+    assert [int(step.committed_BL.sum()) for step in steps] == [2] * 5
+
+
+@pytest.mark.parametrize("alignment", ["shift", "in_place"])
+def test_a_row_of_a_batch_is_the_row_alone_above_temperature_0(alignment):
+    denoiser = denoiser_of("llama", "context_causal", alignment, 4)
+    how = dict(draft_length=4, temperature=0.3, top_k=20, seed=3)
+    together = build_canvas([p + [None] * NEW for p in PROMPTS], 0, row_keys=[7, 8, 9])
+    filled = together.rows(generate(denoiser, together, **how).tokens_BL)
+    assert filled != together.rows(generate(denoiser, together, **how | {"seed": 4}).tokens_BL)
+    for row, prompt in enumerate(PROMPTS):
+        alone = build_canvas([prompt + [None] * NEW], 0, row_keys=[7 + row])
+        assert alone.rows(generate(denoiser, alone, **how).tokens_BL) == [filled[row]]
+
+
+def test_a_row_ends_with_its_end_token():
+    denoiser = denoiser_of("llama", "context_causal", "shift", 4)
+    whole = [autoregressive(denoiser, p, NEW) for p in PROMPTS]
+    end = whole[0][len(PROMPTS[0]) + 4]
+    canvas = build_canvas([p + [None] * NEW for p in PROMPTS], 0)
+    last = list(denoise(denoiser, canvas, draft_length=3, end_ids=[end]))[-1]
+    for row, full, prompt in zip(canvas.rows(last.tokens_BL), whole, PROMPTS, strict=True):
+        stop = full.index(end, len(prompt)) if end in full[len(prompt) :] else len(full)
+        assert row[: stop + 1] == full[: stop + 1] and set(row[stop + 1 :]) <= {end}
+    assert not bool(last.masked_BL.any())
+
+
+# Distributions.
+
+V, LENGTH, ROWS = 3, 4, 6000
+
+
+def _joint() -> torch.Tensor:
+    weights = torch.rand(*[V] * LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 3
+    return weights / weights.sum()
+
+
+def _chi_square(tokens_BL: torch.Tensor, joint: torch.Tensor) -> float:
+    codes_B = torch.zeros(ROWS, dtype=torch.int64)
+    for place in range(LENGTH):
+        codes_B = codes_B * V + tokens_BL[:, place + 1]
+    expected = joint.flatten() * ROWS
+    counts = torch.bincount(codes_B, minlength=V**LENGTH).double()
+    return float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum())
+
+
+@pytest.mark.parametrize("alignment", ["shift", "in_place"])
+@pytest.mark.parametrize("draft_length", [1, 2, 4])
+def test_speculation_samples_the_ar_distribution(alignment, draft_length):
+    joint = _joint()
+    joint = (joint + 0.01) / (joint + 0.01).sum()
+    predictor = TableWindowPredictor(joint, "context_causal", 2, alignment)
+    canvas = build_canvas([[0] + [None] * LENGTH] * ROWS, 0)
+    steps = list(denoise(predictor, canvas, draft_length=draft_length, temperature=1.0, seed=2))
+    assert _chi_square(steps[-1].tokens_BL, joint) < chi_square_limit(V**LENGTH - 1)
+    if draft_length == 4:  # the test has power: without verification the draft is the product of the marginals
+        product = joint
+        for place in range(LENGTH):
+            marginal = joint.sum(dim=[axis for axis in range(LENGTH) if axis != place])
+            product = marginal.view([V if axis == place else 1 for axis in range(LENGTH)]) * (product if place else 1.0)
+        assert _chi_square(steps[-1].tokens_BL, product / product.sum()) > 3 * chi_square_limit(V**LENGTH - 1)
+
+
+def test_a_temperature_is_that_of_ar_sampling():
+    joint = (_joint() + 0.01) / (_joint() + 0.01).sum()
+    tempered, temperature = torch.ones_like(joint), 0.6
+    for place in range(LENGTH):  # p(x_i | x_<i)^(1/T), normalised, one after the other
+        left = joint.sum(dim=list(range(place + 1, LENGTH))) if place + 1 < LENGTH else joint
+        conditional = (left / left.sum(dim=-1, keepdim=True)) ** (1 / temperature)
+        conditional = conditional / conditional.sum(dim=-1, keepdim=True)
+        tempered = tempered * conditional.view(*conditional.shape, *[1] * (LENGTH - place - 1))
+    predictor = TableWindowPredictor(joint, "causal_in_block")
+    canvas = build_canvas([[0] + [None] * LENGTH] * ROWS, 0)
+    tokens_BL = generate(predictor, canvas, draft_length=3, temperature=temperature, seed=5).tokens_BL
+    assert _chi_square(tokens_BL, tempered) < chi_square_limit(V**LENGTH - 1)
+
+
+@pytest.mark.parametrize("pattern", ["block_causal", "context_causal"])
+@pytest.mark.parametrize("alignment", ["shift", "in_place"])
+def test_block_decoding_one_token_a_step_samples_the_joint(pattern, alignment):
+    joint = (_joint() + 0.01) / (_joint() + 0.01).sum()
+    canvas = build_canvas([[0] + [None] * LENGTH] * ROWS, 0)
+    predictor = TableWindowPredictor(joint, pattern, 2, alignment)
+    tokens_BL = generate(predictor, canvas, order="entropy", budget="even", temperature=1.0, seed=6).tokens_BL
+    assert _chi_square(tokens_BL, joint) < chi_square_limit(V**LENGTH - 1)
+
+
+def test_acceptance_is_the_published_rule():
+    data = vectors("14_speculative_acceptance.json")
+    for case in data["cases"]:
+        given, expected = case["inputs"], case["expected"]
+        p, q = (torch.tensor(given[name], dtype=torch.float64)[None] for name in ("p_target", "q_draft"))
+        drafted, u = torch.tensor([given["draft_tokens"]]), torch.tensor([given["u"]], dtype=torch.float64)
+        accepted, following = accept(p, q, drafted, torch.tensor([drafted.shape[1]]), u)
+        assert int(accepted) == expected["n_accepted"]
+        torch.testing.assert_close(following[0], torch.tensor(expected["next_distribution"], dtype=torch.float64), rtol=1e-6, atol=1e-9)
+        token = int((following[0].cumsum(0) > given["v"]).int().argmax())
+        assert [*given["draft_tokens"][: int(accepted)], token] == expected["tokens_out"]
+        if "greedy_n_accepted" not in expected:
+            continue
+        hard = torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).double()
+        accepted, following = accept(hard, torch.nn.functional.one_hot(drafted, p.shape[-1]).double(), drafted, torch.tensor([drafted.shape[1]]), u)
+        assert int(accepted) == expected["greedy_n_accepted"]
+        assert [*given["draft_tokens"][: int(accepted)], int(following.argmax())] == expected["greedy_tokens_out"]
+
+
+@pytest.mark.parametrize(
+    "pattern, row, settings, message",
+    [
+        ("block_causal", [1, None], {}, "AR model over clean text"),
+        ("context_causal", [1, None, 2], {}, "right of a gap"),
+        ("context_causal", [None, None], {}, "no token to start from"),
+        ("context_causal", [1, None], {"threshold": 0.9}, "threshold"),
+        ("context_causal", [1, None], {"draft_length": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(pattern, row, settings, message):
+    with pytest.raises(ValueError, match=message):
+        denoise(denoiser_of("llama", pattern, "in_place", 4), build_canvas([row], 0), **{"draft_length": 3, **settings})
