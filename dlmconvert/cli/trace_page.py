@@ -15,7 +15,8 @@ class RowTrace:
     """What happened to one row.
 
     cells: (text, is it given) of each position. settled: one entry a step that committed something: (step, forwards so far,
-    [(position, text, confidence), ...]); the confidence of a position behind the end of the text, which stays empty, is None.
+    [(position, text, confidence), ...]); the confidence of a position behind the end of the text, which stays empty, is None, and of a
+    token that only moved, because the answer grew, -1. The text of a position that is masked again is None.
     """
 
     cells: list[tuple[str, bool]]
@@ -27,12 +28,12 @@ class TraceWatcher:
 
     def __init__(self, tokenizer: Any, num_steps: int | None, show: bool, keep: bool):
         self.tokenizer, self.num_steps, self.show, self.keep = tokenizer, num_steps, show, keep
-        self.rows, self.texts, self.kept, self.live, self.steps_seen, self.empty_BL = [], {}, [], None, 0, None
+        self.rows, self.texts, self.kept, self.live, self.steps_seen, self.empty_BL, self.before = [], {}, [], None, 0, None, None
 
     def watching(self, batch: list[Any]):
         from dlmconvert.cli.console import console
 
-        self.rows, self.empty_BL = batch, None
+        self.rows, self.empty_BL, self.before = batch, None, None
         if self.keep:
             for row in batch:
                 self.kept.append(RowTrace([("" if t is None else self._text(t), t is not None) for t in row.tokens[row.num_start :]]))
@@ -53,13 +54,31 @@ class TraceWatcher:
 
     def _remember(self, step: Any) -> None:
         traces = self.kept[-len(self.rows) :]
-        state = (step.committed_BL, step.given_back_BL, step.tokens_BL, step.confidence_BL)
-        for row, trace, committed_L, given_back_L, tokens_L, confidence_L in zip(self.rows, traces, *state, strict=True):
-            places = committed_L.nonzero()[:, 0].tolist()
-            events = [(p - row.num_start, self._text(int(tokens_L[p])), round(float(confidence_L[p]), 4)) for p in places]
-            events += [(p - row.num_start, "", None) for p in given_back_L.nonzero()[:, 0].tolist()]
+        tokens, masked, committed, given_back, confidence = (
+            t.tolist() for t in (step.tokens_BL, step.masked_BL, step.committed_BL, step.given_back_BL, step.confidence_BL)
+        )
+        for number, (row, trace) in enumerate(zip(self.rows, traces, strict=True)):
+            events = []
+            for place, given in enumerate(row.tokens):
+                if given is not None:
+                    continue
+                token, was = tokens[number][place], None if self.before is None else self.before[number][place]
+                if given_back[number][place]:
+                    events.append((place - row.num_start, "", None))
+                elif committed[number][place]:
+                    events.append((place - row.num_start, self._text(token), round(confidence[number][place], 4)))
+                elif masked[number][place] and was is not None:  # a revision doubts it
+                    events.append((place - row.num_start, None, None))
+                elif not masked[number][place] and was not in (token, ""):  # the answer grew before it
+                    events.append((place - row.num_start, self._text(token), -1))
             if events:
                 trace.settled.append((step.index, step.nfe, events))
+        empty = self.empty_BL.tolist()
+        # None where a mask stands, "" behind the end of the text.
+        self.before = [
+            [None if is_masked else "" if is_empty else token for token, is_masked, is_empty in zip(*rows, strict=True)]
+            for rows in zip(tokens, masked, empty, strict=True)
+        ]
 
     def _draw(self, step: Any) -> None:
         from rich.text import Text
@@ -181,7 +200,9 @@ function draw(shown) {
     for (const [step, nfe, events] of row.settled) {
       if (step >= shown) break;
       forwards = Math.max(forwards, nfe);
-      for (const [position, text, confidence] of events) state.set(position, [text, confidence, step]);
+      for (const [position, text, confidence] of events) {
+        if (text === null) state.delete(position); else state.set(position, [text, confidence, step]);
+      }
     }
     row.cells.forEach((cell, position) => {
       if (row.given[position]) return;
@@ -199,8 +220,9 @@ function draw(shown) {
       }
       cell.className = step === shown - 1 ? "settled fresh" : "settled";
       cell.textContent = text;
-      cell.style.background = "hsl(" + Math.round(120 * confidence) + " 75% 50% / .3)";
-      cell.title = "position " + position + ", step " + (step + 1) + ", confidence " + confidence.toFixed(3);
+      const moved = confidence < 0;
+      cell.style.background = moved ? "" : "hsl(" + Math.round(120 * confidence) + " 75% 50% / .3)";
+      cell.title = "position " + position + ", step " + (step + 1) + (moved ? ", moved" : ", confidence " + confidence.toFixed(3));
     });
   }
   where.textContent = "step " + shown + "/" + trace.numSteps + ", forwards " + forwards + ", settled " + settled + "/" + all;

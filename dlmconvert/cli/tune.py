@@ -13,7 +13,10 @@ from dlmconvert.cli.generate import Device, Model
 from dlmconvert.errors import EXIT_FAILED, UserError
 
 # What a sampler that was tuned replaces in generation_config.json.
-_REPLACED = ("alg", "alg_temp", "budget", "threshold", "factor", "entropy_bound", "eps", "steps", "block_length", "cache")
+_REPLACED = (
+    "alg", "alg_temp", "budget", "threshold", "factor", "entropy_bound", "eps", "steps", "block_length", "cache", "draft_length",
+    "revision", "revision_strength", "initial_length",
+)  # fmt: skip
 _SHARED = ("temperature", "top_p", "top_k", "repetition_penalty", "cfg_scale")
 
 

@@ -15,6 +15,10 @@ def kind_of(result: Result) -> str:
     settings = result.settings
     if settings is None:
         return "AR source, KV cache"
+    if settings.get("draft_length"):
+        return "self-speculation"
+    if settings.get("revision"):
+        return f"revision {settings['revision']}"
     if settings.get("cache") not in (None, "none"):
         return f"{settings['cache']} cache"
     budget = next((name for name in ("threshold", "factor", "entropy_bound") if settings.get(name) is not None), None)

@@ -49,13 +49,16 @@ def coarse_grid(num_new: int, works: Callable[[dict[str, Any]], bool]) -> list[d
     steps = sorted({max(1, num_new // part) for part in (1, 2, 4, 8)}, reverse=True)
     budgets = [{"alg": "confidence", "steps": count} for count in steps]
     budgets += [{"threshold": tau} for tau in (0.95, 0.9, 0.8, 0.6)] + [{"entropy_bound": gamma} for gamma in (0.05, 0.2, 0.8)]
-    grid = [{**budget, **way} for way in ways for budget in budgets]
+    # A block model keeps its keys exactly without being asked, and one with an AR path may draft for it.
+    grid = [{**budget, **way} for way in ways for budget in budgets] + [{"draft_length": length} for length in (2, 4, 8, 16)]
     return [settings for settings in grid if works(settings)]
 
 
 def neighbours(chosen: dict[str, Any], tried: Sequence[dict[str, Any]], num_new: int) -> dict[str, Any] | None:
     """The setting half way between `chosen` and the next faster one of its kind that was tried; None where there is nothing between."""
-    name = next(name for name in ("threshold", "entropy_bound", "steps") if chosen.get(name) is not None)
+    name = next((name for name in ("threshold", "entropy_bound", "steps") if chosen.get(name) is not None), None)
+    if name is None:
+        return None
     same = [other[name] for other in tried if {**other, name: None} == {**chosen, name: None}]
     value = chosen[name]
     if name == "entropy_bound":

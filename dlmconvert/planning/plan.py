@@ -9,7 +9,7 @@ from typing import Any
 from dlmconvert.errors import UserError
 from dlmconvert.planning.architecture import Architecture, describe, find_config
 from dlmconvert.planning.budget import Budget, data_budget
-from dlmconvert.planning.disk import disk_of, unique_tokens_of
+from dlmconvert.planning.disk import checkpoint_bytes, disk_of, unique_tokens_of
 from dlmconvert.planning.machine import Machine, free_disk_bytes, planned_machine
 from dlmconvert.planning.memory import Memory
 from dlmconvert.planning.settings import EngineSetting, Option, StageShape, recommended, setting_of
@@ -92,6 +92,19 @@ class Plan:
         """Host memory of a node: what is offloaded there."""
         return self.machine.processes_a_node * max((stage.memory.host_bytes for stage in self.stages), default=0)
 
+    @property
+    def saving_bytes(self) -> int:
+        """Host memory of a node that a checkpoint takes which is written while the training goes on (`overlap_saving`)."""
+        found = [0]
+        for stage in self.stages:
+            section, engine = self.resolved[SECTIONS[stage.name]], self.resolved["engine"]
+            overlaps = section["overlap_saving"]
+            if overlaps is None:
+                overlaps = self.machine.kind == "cuda" and stage.setting.offload == "none"
+            if overlaps:
+                found.append(checkpoint_bytes(stage.num_trainable, stage.setting, engine["precision"]) // self.machine.nodes)
+        return max(found)
+
     def fits(self) -> bool | None:
         """Whether every stage, with the settings as typed, fits into the memory of a device; None when its size is unknown."""
         found = [stage.fits for stage in self.stages]
@@ -124,7 +137,7 @@ class Plan:
         result = asdict(self)
         for stage, values in zip(self.stages, result["stages"], strict=True):
             values |= {"tokens_per_step": stage.tokens_per_step, "tokens": stage.tokens}
-        together = {"peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes, "fits": self.fits(), "words": self.words}
+        together = {"peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes, "saving_bytes": self.saving_bytes, "fits": self.fits(), "words": self.words}
         return result | together | {"seconds": self.seconds, "gpu_hours": self.gpu_hours, "cost": self.cost}
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 4  # micro-batches side by side in the table of settings
 CHECKED = (
-    "a formula of the shapes; within 5 percent of traced allocations of small models on the CPU in one process, within 15 percent under ZeRO 0 to 3 "
-    "at 1 and 2 processes (docs/planning.md); not checked on several GPUs"
+    "a formula of the shapes: within 5 percent of traced allocations of small models on the CPU in one process, within 15 percent under ZeRO 0 to 3 "
+    "at 1 and 2 processes (docs/planning.md); not compared with a GPU yet"
 )
 
 
@@ -141,6 +141,10 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "memory", "usable", f"{size(machine.usable_bytes)}: {1 - USABLE_SHARE:.0%} is kept for CUDA, NCCL and fragmentation"
     if plan.host_bytes:
         yield "memory", "host", f"{size(plan.host_bytes)} a node for what is offloaded (with nvme: on that disk)"
+    if plan.saving_bytes:
+        yield "memory", "while saving", f"{size(plan.saving_bytes)} of host memory a node: a checkpoint is written beside the training (overlap_saving)"
+    if plan.stages and machine.processes > 1:
+        yield "memory", "at the end", f"{size(4 * shape.num_parameters)} of host memory where rank 0 is: the float32 model is put together there"
     verdict = {True: "yes", False: "NO", None: "unknown: give --gpu or --memory"}[plan.fits()]
     yield "memory", "fits", f"{verdict} (needs {size(plan.peak_bytes)})"
     if any(stage.recommended is not None for stage in plan.stages):
@@ -180,7 +184,7 @@ def _time_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         return
     processes = plan.machine.processes
     yield "time", "speed", plan.speed.said
-    where = "one device" if processes == 1 else f"{processes} devices, as fast together as {processes} alone"
+    where = "one device" if processes == 1 else f"{processes} devices (no time lost between them)"
     yield "time", "training", f"{span(plan.seconds)} on {where}: an estimate, not a measurement"
     unit = "GPU hours" if plan.machine.kind == "cuda" else "device hours"
     yield "time", unit, f"{plan.gpu_hours:,.0f}" if plan.gpu_hours >= 10 else f"{plan.gpu_hours:.2g}"

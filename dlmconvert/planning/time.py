@@ -9,9 +9,11 @@ from dlmconvert.planning.architecture import Architecture
 # Share of a large matrix product's speed that a whole training step reaches on the CPU: attention, norms, the loss and the optimizer are
 # slower. Measured side by side on one busy core: 0.3 to 0.75 (GPT-2 small and a Llama of 3M; fp32 about 0.6, bf16 about 0.4).
 STEP_EFFICIENCY = 0.5
-# Of a GPU's dense peak, counting recomputed activations as work. Published dense training lies between 0.3 and 0.55 (PaLM 540B 0.46,
-# arXiv 2204.02311; Megatron-LM 0.44 to 0.52, arXiv 2104.04473); networks between nodes, short rows and small models lie below.
+# Of a GPU's dense peak, counting recomputed activations as work: an assumption. Published: Megatron-LM 0.44 to 0.52 (arXiv 2104.04473), PaLM 540B
+# 0.46 (arXiv 2204.02311); LLaDA 8B comes to 0.24 (2.3T tokens in 0.13M H800 hours, arXiv 2502.09992, by 6 N D). Networks between
+# nodes, short rows and small models lie below.
 GPU_EFFICIENCY = 0.4
+PUBLISHED_EFFICIENCY = (0.24, 0.52)
 MASKED_SHARE = 0.5  # E[t] of uniform noise levels
 
 
@@ -64,4 +66,5 @@ def assumed_speed(peak: float | None, where: str, efficiency: float, mfu: float 
         return Speed()
     if mfu is not None:
         return Speed(useful=mfu * peak, said=f"MFU {mfu:g} (as given) of {where}")
-    return Speed(sustained=efficiency * peak, said=f"{efficiency:.0%} of {where}, assumed: MFU {efficiency:g}, a quarter less with gradient checkpointing")
+    known = "; published training reached {:g} to {:g}".format(*PUBLISHED_EFFICIENCY) if efficiency == GPU_EFFICIENCY else ""
+    return Speed(sustained=efficiency * peak, said=f"{efficiency:.0%} of {where}, assumed: MFU {efficiency:g}, a quarter less with gradient checkpointing{known}")

@@ -17,7 +17,8 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 
 import torch  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteriaList, TextStreamer  # noqa: E402
+from transformers.generation.stopping_criteria import MaxLengthCriteria  # noqa: E402
 
 
 def error_of(call):
@@ -26,6 +27,36 @@ def error_of(call):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+class Told(TextStreamer):
+    """Keeps what TextStreamer would print."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+
+
+def conventions(model, tokenizer):
+    """What people know from transformers' generate."""
+    prompt = tokenizer("def f(x):", return_tensors="pt")
+    start = prompt["input_ids"].shape[1]
+    streamer, settings = Told(tokenizer), {"alg": "entropy", "do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+    tokens = model.diffusion_generate(**prompt, streamer=streamer, **settings)
+    config = GenerationConfig(alg="entropy", do_sample=False, max_new_tokens=12, steps=8)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=start + 5)])
+    stopped = model.diffusion_generate(**prompt, stopping_criteria=criteria, generation_config=config, seed=1)
+    whole = model.diffusion_generate(**prompt, generation_config=config, seed=1)
+    return {
+        "streamed": streamer.text,
+        "decoded": tokenizer.decode(tokens[0, start:]),
+        "stopped": stopped[0, start:].tolist(),
+        "whole": whole[0, start:].tolist(),
+        "beams": error_of(lambda: model.diffusion_generate(**prompt, generation_config=GenerationConfig(num_beams=2))),
+    }
 
 
 def visit(folder, tokens_BL):
@@ -64,6 +95,7 @@ def visit(folder, tokens_BL):
             "infilled_rows": output.sequences,
             "nfe": output.nfe,
             "text": text,
+            "conventions": conventions(model, tokenizer),
             "texts": texts,
             "generate": error_of(lambda: model.generate(tokens_BL)),
             "labels": error_of(lambda: model(tokens_BL, labels=tokens_BL)),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from export_models import ALIGNMENTS, FAMILIES, MASK, VERIFIED, VOCAB
+from export_models import ALIGNMENTS, EOS, FAMILIES, MASK, PAD, VERIFIED, VOCAB
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,6 +68,15 @@ def test_a_stranger_can_sample_and_infill(family, stranger):
     assert answers["texts"][0].startswith("a") and answers["texts"][1].endswith("er")
     assert answers["base_is_equal"] and answers["base_class"].startswith("Dlm")
     assert not answers["dlmconvert"]
+
+
+@every_family
+def test_streamers_criteria_and_configs_as_in_transformers(family, stranger):
+    found = stranger[family]["conventions"]
+    assert found["streamed"] == found["decoded"] and found["decoded"]
+    whole, stopped = found["whole"], found["stopped"]
+    assert stopped[:5] == whole[:5] and set(stopped[5:]) <= {PAD, EOS} and len(stopped) == len(whole) == 12
+    assert found["beams"].startswith("ValueError") and "num_beams" in found["beams"]
 
 
 @every_family

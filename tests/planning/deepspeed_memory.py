@@ -51,7 +51,7 @@ def measure(ranks, folder, *, stage, precision="fp32", offload="none", checkpoin
         return DeepSpeedEngine(denoiser, ranks=ranks, config=config, device=torch.device("cpu"), **settings)
 
     def train(engine):
-        for step in range(3):  # the moments appear with the first update
+        for step in range(2):  # the moments appear with the first update
             for _ in range(accumulation):
                 engine.backward(loss_of(engine, step, rows, length))
             engine.update(1e-4)

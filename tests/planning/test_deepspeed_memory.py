@@ -16,6 +16,7 @@ from dlmconvert.planning.memory import memory_of
 from dlmconvert.planning.zero import Zero
 
 HERE = Path(__file__).parent
+# Measured when this was written: 0.96 to 1.03 of the traced peak, offloaded 0.87 to 0.98 (gloo gathers through a copy of its own).
 TOLERANCE = 0.2
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -32,10 +33,7 @@ LONG = {"rows": 4, "length": 128}
 
 CASES = [
     {"stage": 0},
-    {"stage": 0, "accumulation": 2},
-    {"stage": 1},
     {"stage": 1, "precision": "bf16", "accumulation": 2},
-    {"stage": 2},
     {"stage": 2, "accumulation": 2},
     {"stage": 2, "precision": "bf16"},
     {"stage": 2, "precision": "bf16", **LONG},
@@ -43,7 +41,6 @@ CASES = [
     {"stage": 2, "precision": "bf16", "offload": "optimizer"},
     {"stage": 3},
     {"stage": 3, "precision": "bf16", "accumulation": 2},
-    {"stage": 3, "precision": "bf16", **LONG},
     {"stage": 3, "precision": "bf16", "offload": "all"},
 ]
 ALONE = [{"stage": 0}, {"stage": 2, "precision": "bf16", "accumulation": 2}, {"stage": 3, "precision": "bf16", "offload": "all"}]
@@ -85,5 +82,4 @@ def test_peak_is_the_traced_one(count, tmp_path):
     ratios = {
         f"{fields['model_type']} {case}": planned(count, fields, case) / peak for (fields, case), peak in zip(cases, measured(count, cases, tmp_path), strict=True)
     }
-    print(count, *(f"{v:.3f} {k}" for k,v in ratios.items()), sep="\n")
     assert all(1 - TOLERANCE < ratio < 1 + TOLERANCE for ratio in ratios.values()), ratios

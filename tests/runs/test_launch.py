@@ -38,14 +38,14 @@ def test_every_rank_knows_its_place(tmp_path):
 
 
 def test_the_first_cause_is_told():
-    """Rank 1 dies; rank 2 is aborted by a library that noticed, a moment later; rank 0 only lost a peer."""
+    """Rank 1 dies; rank 2 is ended by a library that noticed, a moment later; rank 0 only lost a peer."""
 
     def work(leave):
         if rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.3)
         if rank() == 2:
-            os.abort()
+            os.kill(os.getpid(), signal.SIGQUIT)
         leave(LOST)
 
     outcome = launch(local_share(3), work)
@@ -95,6 +95,7 @@ def test_what_another_machine_tells():
 )
 def test_a_machine_that_cannot_be_started(nodes, what, why, monkeypatch):
     monkeypatch.setattr("dlmconvert.runs.launch.GRACE_OF_A_NODE", 0.2)
+    monkeypatch.setattr("dlmconvert.runs.launch.GRACE_AFTER_FAILURE", 0.2)
     outcome = launch(Share(0, 1, 2, "127.0.0.1", 1), lambda leave: time.sleep(60), nodes)
     assert outcome.code == 1 and outcome.what.startswith("host gpu2: the command there") and what in outcome.what and why in outcome.why
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_decoders import denoiser_of, sees, slow_block_decoder
+from tiny_models import FAMILIES
 from tiny_predictors import vectors
 
 from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, sees_at_inference
@@ -192,3 +193,19 @@ def test_the_predicate_is_the_published_decode_mask_and_the_words():
                 grid = torch.arange(end)
                 ours = sees_at_inference(grid[:, None], grid[None], pattern, 4, origin, noised_from)
                 assert ours.tolist() == [[sees(pattern, q, k, origin, 4, noised_from) for k in range(end)] for q in range(end)]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt2", "llama", "qwen3", "gemma3_text"}))
+def test_every_family_decodes_with_its_keys_stored(family):
+    for pattern, alignment in (("block_causal", "in_place"), ("context_causal", "shift")):
+        denoiser = denoiser_of(family, pattern, alignment, LENGTH)
+        canvas = build_canvas([p + [None] * NEW for p in PROMPTS[:2]], 0)
+        cached_BL, cached, _ = traced(denoiser, canvas, order="entropy", budget="even", num_steps=8)
+        plain_BL, plain, _ = traced(denoiser, canvas, order="entropy", budget="even", num_steps=8, cache="none")
+        assert torch.equal(cached_BL, plain_BL) and cached.keys() == plain.keys()
+        for place in plain:
+            torch.testing.assert_close(cached[place], plain[place], atol=2e-5, rtol=1e-5)
+    bidirectional = denoiser_of(family)
+    canvas = build_canvas([p + [None] * NEW for p in PROMPTS[:2]], 0)
+    plain, dual = (generate(bidirectional, canvas, order="left_to_right", block_length=1, cache=cache).tokens_BL for cache in ("none", "dual"))
+    assert torch.equal(plain, dual)

@@ -199,6 +199,32 @@ def test_trace_lines_and_page(model_folder, tmp_path):
         run("sample", model_folder, "--trace-html", page)
 
 
+def played(page):
+    """What the page shows of each position that was to be filled, after the last step."""
+    data = json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    (row,) = data["rows"]
+    shown = {}
+    for _, _, events in row["settled"]:
+        for position, text, _ in events:
+            shown[position] = text
+            if text is None:
+                del shown[position]
+    return "".join(text if given else shown[place] for place, (text, given) in enumerate(row["cells"])), row["settled"]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--revision", "remdm", "--steps", 12, "--revision-strength", 0.4), ("--initial-length", 2), ("--threshold", 0.1)]
+)
+def test_the_page_ends_with_the_text(model_folder, tmp_path, flags):
+    page = tmp_path / "trace.html"
+    (record,) = samples("sample", model_folder, "--prompt", "abc", "--max-new-tokens", 10, "--temperature", 1, *flags, "--trace-html", page)
+    text, settled = played(page)
+    # Bytes of one character that are two tokens are shown apart on the page.
+    assert "".join(filter(str.isascii, text)) == "".join(filter(str.isascii, record["text"]))
+    if "remdm" in flags:
+        assert any(text is None for _, _, events in settled for _, text, _ in events), "some were masked again"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
