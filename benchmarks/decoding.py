@@ -272,7 +272,7 @@ def speculation(options: argparse.Namespace) -> None:
         prompts_BP = torch.tensor([row[:prompt] for row in rows if len(row) >= prompt][:1])
     print(f"\nspeculation: {options.model or 'random weights'}, prompt {prompt}, {new} new tokens, greedy")
     variants: dict[str, Callable[[], Any]] = {"AR with KV cache": lambda: (autoregressive(denoiser.model, prompts_BP, new, denoiser.mask_token_id), new)}
-    for draft in (3, 7):
+    for draft in (1, 2, 3, 7):
         variants[f"self-speculation, {draft} drafted"] = lambda draft=draft: ours(denoiser, prompts_BP, new, draft_length=draft)
     seconds, results = take_turns(variants, 1 if options.smoke else options.turns)
     expected = results["AR with KV cache"][0]

@@ -66,7 +66,7 @@ def main() -> None:
         print(f"a run of {arguments.processes} processes, ZeRO stage {arguments.stage}, {arguments.steps} steps, a checkpoint every 5{', overlapped' if arguments.overlap else ''}\n")
         print(f"  {'':>3} {'victim':8} {'moment':7} {'step':>5} {'checkpoint before':>18} {'after':>6} {'s until it had ended':>21}")
         while len(kills) < arguments.kills:
-            moment = draw.choice(("save", "step", "step", "start"))
+            moment = draw.choice(("save", "save", "step", "start"))
             kill = kill_once(zygote, place, [*command, "run.folder=run"], stage, draw, moment, arguments.processes)
             if kill is None:  # the run came to its end: another one from the start
                 finished, equal = finished + 1, equal and check()

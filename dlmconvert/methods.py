@@ -198,7 +198,56 @@ METHODS = {
                 "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "levels_per": "block"},
                 "objective": {"weight": "elbo", "normaliser": "eligible"},
             },
-            departs="The lengths of the three phases are fractions that a recipe sets; the paper gives the order of block lengths only. The confidence loss of its fine-tuning (CAP) is not built.",
+            departs="Noise on the embedding of a mask token that starts near 0 is method.corruption.embedding_noise (off: the row starts at the mean of all). The lengths of the three phases are fractions that a recipe sets; the paper gives the order of block lengths only. The confidence loss of its fine-tuning (CAP) is not built.",
+        ),
+        PublishedMethod(
+            name="repr-align",
+            paper="arXiv 2605.06885",
+            summary="bidirectional attention at once, shift, masking, hidden states held near the frozen source's",
+            choices={
+                "attention": {"pattern": "bidirectional", "anneal": "none"},
+                "alignment": "shift",
+                "corruption": {"kind": "masking", "eps": 2e-3, "noise_levels": "uniform", "band": (0.002, 0.998)},
+                "objective": {"weight": "unweighted", "normaliser": "masked", "alignment_weight": 10.0},
+            },
+            departs=(
+                "The code's second loss on paths of denoising is left out. Freezing embeddings and head is a setting of the recipe, not of this row: "
+                "train.rates={embeddings: 0, head: 0}. The frozen source lies in memory beside the model (2 bytes a parameter in bf16, 4 in fp32, without gradients or "
+                "moments); under DeepSpeed it lies whole on each rank, and ZeRO-3 is refused."
+            ),
+            unverified="That the source reads the clean text from left to right while the model reads the noised one, and that layers and tokens are averaged evenly.",
+        ),
+        PublishedMethod(
+            name="gidd",
+            paper="arXiv 2503.04482",
+            summary="bidirectional attention at once, in place, masks mixed with random tokens, loss on all tokens",
+            choices={
+                "attention": {"pattern": "bidirectional", "anneal": "none"},
+                "alignment": "in_place",
+                "corruption": {"kind": "gidd", "uniform_share": 0.1, "eps": 1e-4, "noise_levels": "offset"},
+                "objective": {"weight": "gidd_dynamic", "normaliser": "eligible"},
+            },
+            departs=(
+                "No time conditioning: an AR checkpoint has no place for t, although the posterior depends on it here (with masks alone it does not). The paper trains "
+                "from random weights. The small weight of right tokens is the paper's formula, the released code has another. Validation and sampling mask only, as for "
+                "every method: their bound is not the one that is trained."
+            ),
+        ),
+        PublishedMethod(
+            name="seed-edit",
+            paper="arXiv 2508.02193",
+            summary="bidirectional attention at once, shift, masking, 1/t; the last fifth of the steps also corrects edits",
+            choices={
+                "attention": {"pattern": "bidirectional", "anneal": "none"},
+                "alignment": "shift",
+                "corruption": {"kind": "masking", "eps": 1e-3, "noise_levels": "uniform", "edit_share": 0.1, "edit_steps": 0.2},
+                "objective": {"weight": "elbo", "normaliser": "eligible"},
+            },
+            departs=(
+                "Edits are substitutions by random tokens, which keep the length: the paper also inserts and deletes and does not say how places are matched afterwards. "
+                "Each row draws its own share of edits, up to a tenth. A step of the last phase runs each micro-batch twice, noised and edited."
+            ),
+            unverified="Attention, alignment and the mix of operations of a closed model; a uniform share is our reading.",
         ),
         PublishedMethod(
             name="ar",

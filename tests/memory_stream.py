@@ -48,7 +48,7 @@ class MemoryStream:
             masked_BL, t_BL = draw_masks(eligible_BL, t_B[:, None], u_BL, "bernoulli")
             x_t_BL = x_0_BL.masked_fill(masked_BL, VOCAB - 1)
         return SimpleNamespace(
-            x_0_BL=x_0_BL, x_t_BL=x_t_BL, masked_BL=masked_BL, t_BL=t_BL.float(), starts_BL=None, positions_BL=torch.arange(LENGTH).expand_as(x_0_BL),
+            step=step, eligible_BL=eligible_BL, x_edit_BL=None, x_0_BL=x_0_BL, x_t_BL=x_t_BL, masked_BL=masked_BL, t_BL=t_BL.float(), starts_BL=None, positions_BL=torch.arange(LENGTH).expand_as(x_0_BL),
             segments_BL=None if self.segments is None else segments_BL, row_ids=ids_B.tolist(),
         )  # fmt: skip
 

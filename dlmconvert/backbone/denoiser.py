@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlmconvert.backbone.extras import Extras
 from dlmconvert.backbone.head import plain_head, scoring
 from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store
 from dlmconvert.backbone.rewrite import call_model
@@ -28,11 +29,15 @@ class Denoiser(nn.Module):
     Satisfies the sampler's `Predictor`: `predict`, `mask_token_id`, `vocab_size`, `alignment`.
     """
 
-    def __init__(self, model: nn.Module, spec: DlmSpec, tokenizer: Any = None):
+    def __init__(self, model: nn.Module, spec: DlmSpec, tokenizer: Any = None, teacher: Any = None, adapters: nn.Module | None = None):
+        """teacher: the frozen source that training compares with (backbone/teacher.py), no part of this module's parameters. adapters:
+        those that act on masks only, attached to the model already (backbone/gated.py)."""
         super().__init__()
         self.model = model
         self.spec = spec
         self.tokenizer = tokenizer
+        self.adapters = adapters
+        self._teacher = (teacher,)
         self._head: tuple[nn.Linear | None] | None = None  # found at the first loss; a tuple, so that it is no second child module
 
     def forward(
@@ -45,9 +50,10 @@ class Denoiser(nn.Module):
         x_0_N: torch.Tensor | None = None,
         clean_BL: torch.Tensor | None = None,
         clean_targets_BL: torch.Tensor | None = None,
+        extras: Extras | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """logits_NV: the prediction of token i for each True in targets_BL, row-major; with weights_N and x_0_N instead
-        (sum_i w_i CE_i, CE_N), float32, nats (see `diffusion.fused_head`; CE_N has no gradient).
+        (sum_i w_i CE_i, CE_N), float32, nats (see `diffusion.fused_head`; CE_N has no gradient), or what `extras` makes of them.
 
         The output matrix is applied to the chosen hidden states only (transformers' boolean `logits_to_keep`): at a
         vocabulary of 128k the full logits would be most of the memory. Under `shift` targets_BL must be False at position 0.
@@ -64,15 +70,31 @@ class Denoiser(nn.Module):
         if weights_N is None:
             return call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
         assert x_0_N is not None
+        (head,) = self._found_head()
+        extras = Extras() if extras is None else extras
+        with extras.around(self.model) as more:
+            if head is None:
+                output = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL, **more)
+                logits_NV = output.logits.reshape(-1, output.logits.shape[-1])
+                if extras.score is None:
+                    values = cross_entropy(logits_NV, x_0_N)
+                    loss = (weights_N * values).sum()
+                else:
+                    loss, values = extras.score(logits_NV.float(), slice(0, logits_NV.shape[0]))
+            else:
+                with scoring(head, x_0_N, weights_N, extras.score) as found:
+                    output = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL, **more)
+                loss, values = output.logits.reshape(()), found[0]
+        return loss + extras.added(self.model, output), values.detach()
+
+    def _found_head(self) -> tuple[nn.Linear | None]:
         if self._head is None:
             self._head = (plain_head(self.model),)
-        (head,) = self._head
-        if head is None:
-            ce_N = cross_entropy(call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits, x_0_N)
-            return (weights_N * ce_N).sum(), ce_N.detach()
-        with scoring(head, x_0_N, weights_N) as found:
-            loss = call_model(self.model, tokens_BL, positions_BL, context, logits_to_keep=keep_BL).logits
-        return loss.reshape(()), found[0]
+        return self._head
+
+    @property
+    def teacher(self) -> Any:
+        return self._teacher[0]
 
     @torch.no_grad()
     def predict(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlmconvert.diffusion.fused_head import linear_cross_entropy
+from dlmconvert.diffusion.fused_head import Score, linear_cross_entropy, linear_scored
 
 
 @torch.no_grad()
@@ -36,17 +36,34 @@ def plain_head(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def scoring(head: nn.Linear, x_0_N: torch.Tensor, weights_N: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Inside, `head` answers hidden states of N tokens with sum_i w_i CE_i as a tensor (1, 1, 1); the list receives CE_N."""
+def scoring(head: nn.Linear, x_0_N: torch.Tensor, weights_N: torch.Tensor, score: Score | None = None) -> Iterator[list[torch.Tensor]]:
+    """Inside, `head` answers hidden states of N tokens with sum_i w_i CE_i as a tensor (1, 1, 1); the list receives CE_N.
+
+    score: another loss, see `diffusion.fused_head.linear_scored`; the list then receives its values_KN.
+    """
     found: list[torch.Tensor] = []
 
-    def score(hidden: torch.Tensor) -> torch.Tensor:
-        loss, ce_N = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, x_0_N, weights_N)
-        found.append(ce_N)
+    def answer(hidden: torch.Tensor) -> torch.Tensor:
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+        if score is None:
+            loss, values = linear_cross_entropy(hidden_ND, head.weight, head.bias, x_0_N, weights_N)
+        else:
+            loss, values = linear_scored(hidden_ND, head.weight, head.bias, score)
+        found.append(values)
         return loss.reshape(1, 1, 1)
 
-    head.forward = score
+    head.forward = answer
     try:
         yield found
+    finally:
+        del head.forward
+
+
+@contextmanager
+def passing(head: nn.Linear) -> Iterator[None]:
+    """Inside, `head` answers hidden states with themselves."""
+    head.forward = lambda hidden: hidden
+    try:
+        yield
     finally:
         del head.forward

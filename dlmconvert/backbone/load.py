@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.gated import attach_saved
 from dlmconvert.backbone.hub import hub_reachable
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
@@ -224,10 +225,11 @@ def load_denoiser(
             delattr(config, name)
     rewrite_config(config)
     model = load_model(folder, config, dtype, trust_remote_code)
+    adapters = None if spec.gated_adapter is None else attach_saved(model, spec.gated_adapter, spec.mask_token_id, folder).to(pick_device(device))
     model.to(pick_device(device)).eval()
     if attention is not None:
         spec = replace(spec, attention=attention, block_length=block_length, alignment="shift" if attention == "causal" else spec.alignment)
-    return Denoiser(model, spec, load_tokenizer(folder)).eval()
+    return Denoiser(model, spec, load_tokenizer(folder), adapters=adapters).eval()
 
 
 def source_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -37,6 +37,10 @@ def rewrite_config(config: Any) -> list[str]:
         if isinstance(value, float) and value > 0 and any(word in name for word in _NOISE_WORDS):
             setattr(text_config, name, 0.0)
             notes.append(f"{name} {value:g} -> 0")
+    if getattr(text_config, "output_router_logits", False):
+        # The model would compute its balance loss from a 2-D mask, which it is not given; training computes it outside (extras.py).
+        text_config.output_router_logits = False
+        notes.append("output_router_logits True -> False (training keeps the balance loss)")
     if getattr(text_config, "use_cache", False):
         text_config.use_cache = False
     return notes

@@ -20,6 +20,7 @@ class DlmSpec:
     mask_is_word: the mask id is an ordinary word piece, so masks must be tracked as booleans.
     trained: `ar`, `adapt` or `sft`: the last stage that changed the weights.
     annealing: the share of non-causal pairs that was open at the end of training, and the schedule that led there.
+    gated_adapter: adapters beside the weights that act on masks only (backbone/gated.py); None where there are none.
     """
 
     attention: str = "bidirectional"
@@ -33,6 +34,7 @@ class DlmSpec:
     method: str = "diffullama"
     trained: str = "ar"
     annealing: dict[str, Any] = field(default_factory=dict)
+    gated_adapter: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

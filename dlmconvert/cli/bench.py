@@ -126,7 +126,7 @@ def facts_of(location: Any, denoiser: Any, task: Any, source: str | None, repeat
 def write_results(path: Path, plot: Path, facts: dict[str, Any], results: list[Any]) -> None:
     from dlmconvert.evaluation.benchmark_plot import plot_tradeoff
 
-    title = f"{Path(facts['model']).name}: {facts['prompts']} prompts, {facts['new_tokens']} new tokens, batch {facts['batch']}, {facts['device']}"
+    title = f"{'/'.join(Path(facts['model']).parts[-3:])}: {facts['prompts']} prompts, {facts['new_tokens']} new tokens, batch {facts['batch']}, {facts['device']}"
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(json_module.dumps(facts, indent=1, default=str) + "\n")

@@ -13,6 +13,7 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys of all variants, as in train.steps=200.")] = None,
     vary: Annotated[list[str] | None, typer.Option("--vary", metavar="KEY=A,B", help="Values to compare; several --vary: every combination. Keys that go together: KEY=A+OTHER=B.")] = None,
     report: Annotated[str | None, typer.Option("--report", metavar="FILE", help="Also write one HTML page.")] = None,
+    retention: Annotated[bool, typer.Option("--retention/--no-retention", help="Measure what is left of the AR source in each variant.")] = True,
     json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Train variants of a recipe on the same batches and tabulate them; called again, it continues."""
@@ -21,7 +22,7 @@ def compare(
 
     from dlmconvert.cli.console import ConsoleReporter, out
     from dlmconvert.errors import UserError
-    from dlmconvert.runs.compare import table_text, tabulate, train_variants, variants_of, write_comparison
+    from dlmconvert.runs.compare import measure_retentions, table_text, tabulate, train_variants, variants_of, write_comparison
     from dlmconvert.runs.compare_page import check_report, write_page
     from dlmconvert.training.launchers import place_of
 
@@ -32,8 +33,11 @@ def compare(
     if page is not None:
         check_report(page)
     source, variants = variants_of(recipe, overrides or [], vary or [])
-    worked = train_variants(source, variants, ConsoleReporter())
-    comparison = tabulate(recipe, variants)
+    reporter = ConsoleReporter()
+    worked = train_variants(source, variants, reporter)
+    if retention:
+        worked |= measure_retentions(variants, reporter)
+    comparison = tabulate(recipe, variants, retention)
     data, image = write_comparison(comparison)
     if page is not None:
         write_page(comparison, image, page)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dlmconvert.cli.trace_page import TraceWatcher
 
 _ROWS_AT_ONCE = 8
+_STOPPED = 130  # what shells say of a command that Ctrl-C ended
 
 Model = Annotated[str | None, typer.Argument(help="Run folder, model folder or exported folder; the latest run in ./runs when left out.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.")]
@@ -99,16 +100,21 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, o
     live = on_screen and console.is_terminal and sys.stdout.isatty()
     view = View(decoder.tokenizer, decoder.ends if verb == "sample" else set(), live, on_screen and not live and len(rows) == 1)
     made = forwards = seconds = 0
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = rows[start : start + _ROWS_AT_ONCE]
-        began = time.perf_counter()
-        filled, nfe = _fill(verb, decoder, batch, seed, watcher, view)
-        taken = time.perf_counter() - began
-        for place, (row, tokens) in enumerate(zip(batch, filled, strict=True)):
-            record, pieces = _record(verb, decoder, row, tokens, seed, nfe, taken / len(batch))
-            results.add(record)
-            _show(record, pieces, view, as_json, out_file is not None, first=start + place == 0)
-        made, forwards, seconds = made + sum(row.num_filled for row in batch), forwards + nfe, seconds + taken
+    try:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            batch = rows[start : start + _ROWS_AT_ONCE]
+            began = time.perf_counter()
+            filled, nfe = _fill(verb, decoder, batch, seed, watcher, view)
+            taken = time.perf_counter() - began
+            for place, (row, tokens) in enumerate(zip(batch, filled, strict=True)):
+                record, pieces = _record(verb, decoder, row, tokens, seed, nfe, taken / len(batch))
+                results.add(record)
+                _show(record, pieces, view, as_json, out_file is not None, first=start + place == 0)
+            made, forwards, seconds = made + sum(row.num_filled for row in batch), forwards + nfe, seconds + taken
+    except KeyboardInterrupt as stop:
+        kept = "" if out_file is None else f"; {results.count} of {len(rows)} results: {out_file}"
+        console.print(f"stopped{kept}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(_STOPPED) from stop
     if not as_json:
         console.print(f"{made} tokens in {forwards} forwards, {made / seconds:.0f} tokens/s, seed {seed}", style="dim", highlight=False)
     if out_file is not None:

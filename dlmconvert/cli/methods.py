@@ -72,17 +72,29 @@ def axes(choices: dict) -> list[tuple[str, str]]:
     }[corruption.noise_levels]  # fmt: skip
     if corruption.band is not None:
         noise += " in [{:g}, {:g}]".format(*corruption.band)
+    if corruption.band_search_steps is not None:
+        noise += f", its band looked for every {corruption.band_search_steps} steps"
     extras = {"bernoulli": "", "at_least_one": ", at least one mask", "exact": ", exact counts"}[corruption.count]
     extras += " a block" if corruption.levels_per == "block" else ""
     extras += f", late in the block (half-life {corruption.half_life:g})" if corruption.half_life is not None else ""
     extras += ", complementary pairs" if corruption.views == "complementary" else ""
-    weight = {"elbo": "1/t", "unweighted": "unweighted", "cart": f"CART, p = {objective.cart_p:g}"}[objective.weight]
+    extras += f", up to {corruption.edit_share:.0%} edits in the last {_steps(corruption.edit_steps)}" if corruption.edit_share else ""
+    if corruption.embedding_noise and corruption.embedding_noise_steps:
+        extras += f", noisy mask embeddings in the first {_steps(corruption.embedding_noise_steps)}"
+    weight = {"elbo": "1/t", "unweighted": "unweighted", "cart": f"CART, p = {objective.cart_p:g}", "gidd_clamped": "GIDD, clamped", "gidd_dynamic": "GIDD, dynamic"}[objective.weight]
     divisor = {"eligible": "eligible tokens", "masked": "masked tokens", "masked_micro_batch": "masked tokens of a micro-batch"}[objective.normaliser]
     ar = f", + {objective.ar_weight:g} AR" if objective.ar_weight else ""
     ar += {"fixed": "", "annealed": " falling to 0", "balanced": " balanced"}[objective.ar_schedule]
+    ar += f", + {objective.alignment_weight:g} (1 - cosine to the source)" if objective.alignment_weight else ""
+    ar += f", + {objective.teacher_kl:g} KL to the source" if objective.teacher_kl else ""
+    gidd = f"masks and up to {corruption.uniform_share:.0%} random tokens, {noise}{extras}"
     return [
         ("attention", attention.pattern if attention.pattern == "causal" else f"{attention.pattern}, {path}{steps}"),
         ("alignment", method.alignment.replace("_", " ")),
-        ("corruption", {"masking": f"masking, {noise}{extras}", "all_masked": "all masked", "none": "none"}[corruption.kind]),
+        ("corruption", {"masking": f"masking, {noise}{extras}", "gidd": gidd, "all_masked": "all masked", "none": "none"}[corruption.kind]),
         ("objective", f"{weight}, over {divisor}{ar}"),
     ]
+
+
+def _steps(value: float) -> str:
+    return f"{value:.0%} of the steps" if value < 1 else f"{value:g} steps"

@@ -18,8 +18,10 @@ import torch
 
 from dlmconvert.data.rows import Rows, RowStore
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.corruption import complement, draw_masks, late_in_block
-from dlmconvert.diffusion.randomness import MASK, NOISE_LEVEL, SOURCE_CHOICE, counter_uniform, permutation
+from dlmconvert.diffusion.corruption import complement, draw_masks, edit_tokens, late_in_block
+from dlmconvert.diffusion.gidd import Mixture as GiddMixture
+from dlmconvert.diffusion.gidd import draw_tokens, random_tokens
+from dlmconvert.diffusion.randomness import EDIT, MASK, NOISE_LEVEL, RANDOM_TOKEN, SOURCE_CHOICE, counter_uniform, permutation
 from dlmconvert.diffusion.schedules import noise_levels
 from dlmconvert.diffusion.streams import block_starts
 
@@ -115,10 +117,11 @@ def period_counts(weights: Sequence[float], period: int) -> np.ndarray:
 class Batch:
     """Some rows of the global batch of a step.
 
-    x_0_BL, x_t_BL int64: clean and noised tokens. masked_BL bool: the targets. eligible_BL bool: what is predicted in some noise;
+    x_0_BL, x_t_BL int64: clean and noised tokens. masked_BL bool: the targets (under `gidd` every eligible token, masked or not). eligible_BL bool: what is predicted in some noise;
     starts_BL bool: those of them that the clean copy predicts (first tokens of blocks under `shift`, see diffusion/streams.py).
     t_BL float32: noise levels, or what takes their place in the weight 1/t (see diffusion/corruption.py). segments_BL int64: document numbers, None where every row is one document.
     positions_BL int64: position ids. row_ids: (source, epoch, row) of each row, for error messages.
+    x_edit_BL int64: the clean row with some tokens replaced, in the steps that train on edits; else None.
     """
 
     step: int
@@ -131,20 +134,22 @@ class Batch:
     positions_BL: torch.Tensor
     row_ids: list[tuple[int, int, int]]
     starts_BL: torch.Tensor | None = None
+    x_edit_BL: torch.Tensor | None = None
 
 
 class BatchStream:
     """The noised batches of a stage.
 
-    rows_per_step: rows of the global batch. corruption_kind: `masking`, or `none` (nothing is masked, every eligible token is
-    a target, t = 1). eps, band, noise_levels: levels in [eps, 1] or in the band, see `diffusion.schedules.noise_levels`. count:
+    rows_per_step: rows of the global batch. corruption_kind: `masking`, `gidd` (`diffusion.gidd`; levels in [eps, 1 - eps], every eligible
+    token is a target), or `none` (nothing is masked, every eligible token is a target, t = 1). eps, band, noise_levels: levels in [eps, 1] or in the band, see `diffusion.schedules.noise_levels`. count:
     `bernoulli`, `at_least_one` or `exact` (levels from 0, where there is no band), see `diffusion.corruption.draw_masks`. views:
     `single`, or `complementary`: rows 2j and 2j + 1 are one row, and what one masks the other shows (levels in [eps, 1 - eps], so
     that both weights are bounded). alignment: `shift` takes the first token of a document out of the eligible ones before masking,
     so it stays clean. isolated: position ids restart with each document.
 
     levels_per: `row`, or `block`: a noise level for each block of `block_length(step)` tokens (counted from the start of a document where
-    position ids are), spread over all blocks of the global batch. half_life: of `diffusion.corruption.late_in_block`, None for uniform
+    position ids are), spread over all blocks of the global batch. uniform_share: of `gidd`. vocab_size: tokens of text, from which random
+    ones are drawn. edit_share: largest share of a row that is replaced in x_edit_BL, from step `edit_from` on; 0 for no edits. half_life: of `diffusion.corruption.late_in_block`, None for uniform
     masks. block_length: None for one-stream patterns.
     """
 
@@ -166,8 +171,12 @@ class BatchStream:
         levels_per: str = "row",
         half_life: float | None = None,
         block_length: Callable[[int], int] | None = None,
+        uniform_share: float = 0.1,
+        vocab_size: int = 0,
+        edit_share: float = 0.0,
+        edit_from: int = 0,
     ):
-        assert corruption_kind in ("masking", "all_masked", "none"), corruption_kind
+        assert corruption_kind in ("masking", "gidd", "all_masked", "none"), corruption_kind
         assert levels_per == "row" or block_length is not None
         assert views == "single" or (views == "complementary" and rows_per_step % 2 == 0 and count == "bernoulli"), (views, rows_per_step, count)
         self.mixture = mixture
@@ -175,14 +184,15 @@ class BatchStream:
         self._seed = seed
         self._kind = corruption_kind
         self._rows_per_slot = 2 if views == "complementary" else 1
-        if band is not None:
-            self._low, self._high = band
-        else:
-            self._low, self._high = (0.0 if count == "exact" else eps), (1.0 - eps if views == "complementary" else 1.0)
+        self.band = band  # a search sets it anew between steps (training/bands.py)
+        self._range = (0.0 if count == "exact" else eps), (1.0 - eps if views == "complementary" or corruption_kind == "gidd" else 1.0)
+        self._num_tokens = vocab_size - (0 <= mask_token_id < vocab_size)
+        self._gidd = GiddMixture(uniform_share, self._num_tokens) if corruption_kind == "gidd" else None
+        self._edit_share, self._edit_from = edit_share, edit_from
         self._count = count
         self._levels_per_block = levels_per == "block"
         self._half_life = half_life
-        self._block_length = block_length
+        self.block_length = block_length  # of a step
         self._noise_levels = noise_levels
         self._mask_token_id = mask_token_id
         self._alignment = alignment
@@ -200,7 +210,12 @@ class BatchStream:
         positions_BL = positions(rows.segments_BL, self._isolated)
         starts_BL = self._starts(step, eligible_BL, positions_BL)
         masked_BL, t_BL = self._masks(step, start, stop, ids, eligible_BL, starts_BL, positions_BL)
-        x_t_BL = rows.tokens_BL if self._kind == "none" else rows.tokens_BL.masked_fill(masked_BL, self._mask_token_id)
+        x_t_BL = rows.tokens_BL
+        if self._gidd is not None:
+            u_BL, v_BL = (self._draws(purpose, ids) for purpose in (MASK, RANDOM_TOKEN))
+            x_t_BL = draw_tokens(x_t_BL, masked_BL, t_BL, u_BL, v_BL, self._gidd, self._mask_token_id)
+        elif self._kind != "none":
+            x_t_BL = x_t_BL.masked_fill(masked_BL, self._mask_token_id)
         return Batch(
             step=step,
             x_0_BL=rows.tokens_BL,
@@ -212,7 +227,21 @@ class BatchStream:
             positions_BL=positions_BL,
             row_ids=list(zip(*(column.tolist() for column in ids), strict=True)),
             starts_BL=starts_BL,
+            x_edit_BL=self._edited(step, ids, rows.tokens_BL, eligible_BL),
         )
+
+    def _edited(self, step: int, ids: Ids, tokens_BL: torch.Tensor, eligible_BL: torch.Tensor) -> torch.Tensor | None:
+        """Clean rows with edits, a ~ U[0, edit_share) of their eligible tokens."""
+        if self._edit_share == 0 or step < self._edit_from:
+            return None
+        share_B = self._edit_share * counter_uniform(EDIT, self._seed, 1, *(torch.from_numpy(column) for column in ids))
+        random_BL = random_tokens(self._draws(RANDOM_TOKEN, ids), self._num_tokens, self._mask_token_id)
+        return edit_tokens(tokens_BL, eligible_BL, share_B, self._draws(EDIT, ids), random_BL)
+
+    def _draws(self, purpose: int, ids: Ids) -> torch.Tensor:
+        """Uniform draws (B, L) for each token of these rows, by row and epoch."""
+        source_B1, epoch_B1, row_B1 = (torch.from_numpy(column)[:, None] for column in ids)
+        return counter_uniform(purpose, self._seed, source_B1, epoch_B1, row_B1, torch.arange(self.mixture.row_length))
 
     def num_eligible(self, step: int) -> int:
         """Eligible tokens of the whole global batch, the divisor of the loss; every rank computes the same, without tokens."""
@@ -243,9 +272,9 @@ class BatchStream:
 
     def _starts(self, step: int, eligible_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor | None:
         """What the clean copy predicts: the first tokens of blocks under `shift`."""
-        if self._block_length is None or self._alignment != "shift":
+        if self.block_length is None or self._alignment != "shift":
             return None
-        return eligible_BL & block_starts(positions_BL, self._block_length(step))
+        return eligible_BL & block_starts(positions_BL, self.block_length(step))
 
     def _masks(
         self,
@@ -263,8 +292,9 @@ class BatchStream:
             return maskable_BL, torch.ones(eligible_BL.shape)
         rows_B = torch.arange(start, stop)
         groups_BL, levels_BG = self._levels(step, rows_B // self._rows_per_slot, positions_BL)
-        source_B1, epoch_B1, row_B1 = (torch.from_numpy(column)[:, None] for column in ids)
-        u_BL = counter_uniform(MASK, self._seed, source_B1, epoch_B1, row_B1, torch.arange(self.mixture.row_length))
+        if self._gidd is not None:
+            return maskable_BL, levels_BG.gather(1, groups_BL)
+        u_BL = self._draws(MASK, ids)
         if self._half_life is not None:
             masked_BL, t_BL = late_in_block(maskable_BL, levels_BG, u_BL, groups_BL, self._half_life)
         else:
@@ -278,19 +308,26 @@ class BatchStream:
     def _levels(self, step: int, slots_B: torch.Tensor, positions_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(groups_BL, levels_BG): which level holds at each position, and the levels of these rows."""
         num_slots = self.rows_per_step // self._rows_per_slot
+        low, high = self.band or self._range
+        groups_BL = self.groups(step, positions_BL)
         if not self._levels_per_block:
-            levels = noise_levels(self._seed, step, num_slots, self._low, self._noise_levels, self._high)
-            return torch.zeros_like(positions_BL), levels[slots_B][:, None]
-        block_length = self._block_length(step)
-        # Blocks are numbered along the row; documents that begin inside of it make more of them than the grid has.
-        groups_BL = block_starts(positions_BL, block_length).cumsum(1) - 1
+            levels = noise_levels(self._seed, step, num_slots, low, self._noise_levels, high)
+            return groups_BL, levels[slots_B][:, None]
+        block_length = self.block_length(step)
         per_row = -(-positions_BL.shape[1] // block_length)
-        levels = noise_levels(self._seed, step, num_slots * per_row, self._low, self._noise_levels, self._high).view(num_slots, per_row)
+        levels = noise_levels(self._seed, step, num_slots * per_row, low, self._noise_levels, high).view(num_slots, per_row)
         more = int(groups_BL.max()) + 1 - per_row
         if more > 0:
             extra = counter_uniform(NOISE_LEVEL, self._seed, step, torch.arange(num_slots)[:, None], per_row + torch.arange(self.mixture.row_length))
-            levels = torch.cat([levels, (self._high - self._low) * extra + self._low], dim=1)
+            levels = torch.cat([levels, (high - low) * extra + low], dim=1)
         return groups_BL, levels[slots_B]
+
+    def groups(self, step: int, positions_BL: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L): which noise level of its row each position has, from 0: one a row, or one a block."""
+        if not self._levels_per_block:
+            return torch.zeros_like(positions_BL)
+        # Blocks are numbered along the row; documents that begin inside of it make more of them than the grid has.
+        return block_starts(positions_BL, self.block_length(step)).cumsum(1) - 1
 
     def _eligible(self, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         """(eligible_BL, segments_BL) of these rows, without reading their tokens."""

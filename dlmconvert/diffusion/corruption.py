@@ -120,3 +120,12 @@ def complement(eligible_BL: torch.Tensor, masked_BL: torch.Tensor, t_BL: torch.T
     Both views together predict every eligible token exactly once; each by itself has independent masks at its own level.
     """
     return eligible_BL & ~masked_BL, 1 - t_BL
+
+
+def edit_tokens(
+    x_0_BL: torch.Tensor, eligible_BL: torch.Tensor, share_B: torch.Tensor, u_BL: torch.Tensor, random_BL: torch.Tensor
+) -> torch.Tensor:
+    """x_edit_BL: k = floor(n a) of a row's n eligible tokens replaced by random ones (Seed Diffusion, arXiv 2508.02193; substitutions only,
+    which keep the length). share_B: a. random_BL: what replaces."""
+    counts_B = (eligible_BL.sum(1) * share_B).floor().long()
+    return torch.where(smallest_draws(eligible_BL, counts_B, u_BL), random_BL, x_0_BL)

@@ -57,6 +57,15 @@ def cart_weights(masked_BL: torch.Tensor, p: float, segments_BL: torch.Tensor | 
     return weights_BL * masked_BL
 
 
+def source_divergence(logits_CV: torch.Tensor, source_logits_CV: torch.Tensor) -> torch.Tensor:
+    """KL_C(p_source || p), nats: how far a prediction is from the frozen source's own next-token prediction of the same token.
+
+    Zero gradient where both agree; the forward direction covers all that the source thinks possible (as in distillation, arXiv 1503.02531).
+    """
+    log_p_CV, log_q_CV = torch.log_softmax(source_logits_CV, dim=1), torch.log_softmax(logits_CV, dim=1)
+    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1)
+
+
 def denoising_loss(ce_N: torch.Tensor, weights_N: torch.Tensor, normaliser: float) -> torch.Tensor:
     """sum_i w_i CE_i / normaliser; a sum over nothing is 0, never NaN.
 

@@ -19,6 +19,7 @@ _ONES = 0xFFFFFFFFFFFFFFFF
 
 # What a draw is for. The first key of every stream, so that two uses of one (seed, step) never share draws.
 NOISE_LEVEL, MASK, ATTENTION_PAIR, ROW_ORDER, SAMPLE_TOKEN, SAMPLE_ORDER, LIKELIHOOD, SOURCE_CHOICE = range(1, 9)
+RANDOM_TOKEN, EDIT, EMBEDDING_NOISE = range(20, 23)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -78,6 +79,13 @@ def counter_gumbel(*keys: int | torch.Tensor, device: torch.device | str | None 
     u = counter_uniform(*keys, device=device)
     half_bit = 2.0**-25 if u.dtype == torch.float32 else 2.0**-54
     return -torch.log(-torch.log(u + half_bit))
+
+
+def counter_normal(*keys: int | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """Standard normal draws (Box and Muller 1958), in double precision."""
+    u, v = counter_uniform(*keys, 0, device=device), counter_uniform(*keys, 1, device=device)
+    half_bit = 2.0**-25 if u.dtype == torch.float32 else 2.0**-54
+    return (-2 * torch.log(u + half_bit)).sqrt() * torch.cos(2 * torch.pi * v)
 
 
 def permutation(num_items: int, *keys: int) -> torch.Tensor:

@@ -47,8 +47,9 @@ class Task:
     seed: int = 0
 
     @property
-    def batches(self) -> list[list[Sequence[int]]]:
-        return [list(self.prompts[first : first + self.batch]) for first in range(0, len(self.prompts), self.batch)]
+    def batches(self) -> list[range]:
+        """The numbers of the prompts of each batch."""
+        return [range(first, min(first + self.batch, len(self.prompts))) for first in range(0, len(self.prompts), self.batch)]
 
 
 @dataclass
@@ -162,7 +163,7 @@ def benchmark(
     passes: dict[str, list[Pass]] = {sampler.name: [] for sampler in samplers}
     memory = {}
 
-    def work(sampler: Sampler, batches: list) -> Pass:
+    def work(sampler: Sampler, batches: Sequence[range]) -> Pass:
         if sampler.settings is None:
             return run_source(source, task, batches, source_settings)
         return run_sampler(denoiser, task, batches, sampler.settings)
@@ -228,18 +229,20 @@ def mark_front(results: Sequence[Result]) -> None:
 # --- one pass
 
 
-def _open(denoiser: Denoiser, task: Task, prompts: Sequence[Sequence[int]], settings: dict[str, Any]):
+def _open(denoiser: Denoiser, task: Task, batch: range, settings: dict[str, Any]):
+    """(canvas, steps). A row's draws are keyed by the number of its prompt, so that texts do not depend on the size of the batches."""
     options = Options(**{name: value for name, value in settings.items() if name in OPTIONS} | {"seed": task.seed, "eos_token_id": list(task.end_ids)})
-    canvas = build_canvas([[*prompt, *[None] * task.num_new] for prompt in prompts], 0, denoiser.device)
+    canvas = build_canvas([[*task.prompts[number], *[None] * task.num_new] for number in batch], 0, denoiser.device, list(batch))
     ends = {"end_ids": options.ends} if task.answers is not None else {"banned_ids": options.ends}
     return canvas, denoise(denoiser, canvas, **options.of_the_loop(), **ends)
 
 
-def run_sampler(denoiser: Denoiser, task: Task, batches: Sequence[Sequence[Sequence[int]]], settings: dict[str, Any]) -> Pass:
-    """One pass over the batches with a diffusion sampler. Row keys begin at 0 in every batch."""
+def run_sampler(denoiser: Denoiser, task: Task, batches: Sequence[range], settings: dict[str, Any]) -> Pass:
+    """One pass over the batches with a diffusion sampler."""
     done = Pass()
-    for prompts in batches:
-        canvas, steps = _open(denoiser, task, prompts, settings)
+    for batch in batches:
+        prompts = [task.prompts[number] for number in batch]
+        canvas, steps = _open(denoiser, task, batch, settings)
         firsts_B = torch.tensor([len(prompt) for prompt in prompts], device=denoiser.device)[:, None]
         _synchronise(denoiser.device)
         began, first, step, num_given_back = time.perf_counter(), None, None, 0
@@ -259,7 +262,7 @@ def run_sampler(denoiser: Denoiser, task: Task, batches: Sequence[Sequence[Seque
 
 
 @torch.no_grad()
-def run_source(source: Any, task: Task, batches: Sequence[Sequence[Sequence[int]]], settings: dict[str, Any]) -> Pass:
+def run_source(source: Any, task: Task, batches: Sequence[range], settings: dict[str, Any]) -> Pass:
     """One pass over the batches with transformers' generate and its KV cache. Prompts are padded on the left."""
     from transformers import GenerationConfig
 
@@ -270,7 +273,8 @@ def run_source(source: Any, task: Task, batches: Sequence[Sequence[Sequence[int]
     ends = list(task.end_ids) or None
     # Nothing of the source's own settings (a repetition penalty, say) gets in.
     source.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=(ends or [0])[0], use_cache=True)
-    for prompts in batches:
+    for batch in batches:
+        prompts = [task.prompts[number] for number in batch]
         longest = max(len(prompt) for prompt in prompts)
         tokens_BL = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=source.device)
         real_BL = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=source.device)
@@ -315,7 +319,7 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
         return None
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:  # True would parse every event
         work()
     total = peak = 0
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

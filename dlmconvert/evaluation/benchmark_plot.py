@@ -39,7 +39,7 @@ def plot_tradeoff(results: Sequence[Result], title: str, path: Path) -> None:
             return result.distinct_2 or 0.0
         return result.accuracy if by_accuracy else result.nats_per_token
 
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     axis = figure.subplots()
     kinds = list(dict.fromkeys(kind_of(result) for result in results))
     for number, kind in enumerate(kinds):

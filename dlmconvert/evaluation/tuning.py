@@ -24,6 +24,8 @@ class Floor:
     def allows(self, result: Result, results: Sequence[Result]) -> bool:
         if result.accuracy is not None:
             best = max(r.accuracy for r in results)
+            if best == 0:  # a share of nothing would allow everything
+                return False
             return result.accuracy >= (best * (1 - self.value) if self.is_relative else self.value)
         best = min(r.nats_per_token for r in results if r.nats_per_token is not None)
         return result.nats_per_token is not None and result.nats_per_token <= (best * (1 + self.value) if self.is_relative else self.value)

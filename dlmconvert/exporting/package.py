@@ -73,6 +73,12 @@ def export_folder(
     say("checking the model")
     config = load_config(model_folder)
     spec = spec_from_config(config, str(model_folder))
+    if spec.gated_adapter is not None:
+        raise UserError(
+            f"{model_folder} cannot be exported: its adapters act on masks only",
+            "merged, they would change the autoregressive model too, and no format carries the gate",
+            "use the folder as it is (dlmconvert sample, eval, bench); without its `gated` folder it is the source",
+        )
     family = source_family(config, str(model_folder))
     values = json.loads((model_folder / "config.json").read_text())
     refuse(chosen, spec, family, values, model_folder)

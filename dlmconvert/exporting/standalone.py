@@ -38,7 +38,7 @@ class BidirectionalMixin:
         what it sees as clean text."""
         section = self.config.dlm
         masked = attention_mask is not None and attention_mask.ndim != 2
-        if section["attention"] in BLOCK_PATTERNS and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
+        if section.get("attention") in BLOCK_PATTERNS and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
             real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (real_BL.cumsum(1) - 1).clamp(min=0)
@@ -68,7 +68,7 @@ class DiffusionMixin(BidirectionalMixin):
         belong together. Under `shift` nothing predicts the first token of a row: it must not be wanted.
         """
         section = self.config.dlm
-        if section["attention"] in BLOCK_PATTERNS:
+        if section.get("attention") in BLOCK_PATTERNS:
             raise NotImplementedError(
                 f"a block model ({section['attention']}, blocks of {section['block_length']}) predicts one block after clean text: call"
                 " diffusion_generate or infill; model(input_ids) is its forward over clean text"
@@ -173,7 +173,7 @@ class _Predictor:
         self.mask_token_id = section["mask_token_id"]
         self.vocab_size = section["vocab_size"]
         self.alignment = section["alignment"]
-        self.attention = section["attention"]
+        self.attention = section.get("attention", "bidirectional")
         self.block_length = section.get("block_length")
         self.corruption = section.get("corruption", "masking")
         self.device = model.device

@@ -16,17 +16,38 @@ _LLAMA2_7B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
 KNOWN_SHAPES = {
     "gpt2": _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "meta-llama/Llama-2-7b-hf": _LLAMA2_7B,
-}
-_SAME = {"openai-community/gpt2": "gpt2", "openai-community/gpt2-medium": "gpt2-medium"}
+    "meta-llama/Meta-Llama-3-8B": _LLAMA2_7B | {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 8192},
+    "Qwen/Qwen2.5-7B": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-0.6B": _QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-30B-A3B": _QWEN3 | {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+_SAME = {
+    "openai-community/gpt2": "gpt2", "openai-community/gpt2-medium": "gpt2-medium",
+    # The base models: the same but for the longest row.
+    "Qwen/Qwen3-0.6B-Base": "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B-Base": "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B-Base": "Qwen/Qwen3-30B-A3B",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Numbers that memory and time depend on. Widths are features a token; parameters are counted once when tied.
+    """Numbers that memory and time depend on. Widths are features a token; parameters are counted once when tied. num_base_parameters:
+    without adapters.
 
     feed_forward: active width (of all experts that a token goes through). experts_per_token: 0 for a dense model. attention_readers, feed_forward_readers: linear layers
     that read one norm's output (3 for separate q, k, v; 1 when fused). wide_norms: norms over the hidden state in a layer.
@@ -36,6 +57,7 @@ class Architecture:
     """
 
     family: str
+    num_base_parameters: int
     num_parameters: int
     num_trainable: int
     num_layers: int
@@ -208,6 +230,7 @@ def _read_shapes(model: Any, text: Any) -> Architecture:
         active = matrices - in_experts + in_experts * experts // num_experts
     return Architecture(
         family=model.config.model_type,
+        num_base_parameters=total,
         num_parameters=total,
         num_trainable=total,
         num_layers=len(layers),

@@ -55,14 +55,16 @@ def critical_compute(unique_tokens: float) -> float:
     return CRITICAL_FACTOR * unique_tokens**CRITICAL_EXPONENT
 
 
-def data_budget(parameters: float, unique_tokens: float, training_tokens: float, is_diffusion: bool = True) -> Budget:
+def data_budget(parameters: float, unique_tokens: float, training_tokens: float, is_diffusion: bool = True, is_bound: bool = False) -> Budget:
     """What is known about so many passes over so much text, for a model of this size.
 
-    parameters: those that a token goes through. is_diffusion: False plans an AR baseline itself.
+    parameters: those that a token goes through. is_diffusion: False plans an AR baseline itself. is_bound: there may be less
+    text than unique_tokens.
     """
     epochs = training_tokens / unique_tokens
     if epochs <= 1:
-        return Budget(epochs, unique_tokens, False, [("repetition", "none: no token is seen twice, so neither overfitting by repetition nor the published crossovers arise")])
+        none = "none, if there is as much text as that" if is_bound else "none"
+        return Budget(epochs, unique_tokens, False, [("repetition", f"{none}: no token is seen twice, so neither overfitting by repetition nor the published crossovers arise")])
     sentences: list[tuple[str, str]] = [("assumed", "the studies below trained from random weights, this run starts from an AR model: they bound nothing here")]
     warns = epochs > FRESH_EPOCHS
     subject = "an AR baseline on this text" if is_diffusion else "this AR run"

@@ -109,6 +109,8 @@ def memory_of(
     masked_rows: int = 1,
     streams: int = 1,
     targets_per_token: int = 1,
+    passes: int = 1,
+    teacher: str = "none",
     device: str = "cpu",
     zero: Zero | None = None,
 ) -> Memory:
@@ -116,7 +118,9 @@ def memory_of(
 
     micro_batch: rows in one forward. row_length: tokens in a row. accumulates: whether gradients of earlier micro-batches are there
     while a forward runs. has_mask: attention under a dense mask (annealing, isolated documents). masked_rows: 1 when all rows share
-    it. streams: 2 where a row runs as [noised | clean] (block patterns). targets_per_token: 2 where the clean copy is scored as well. device: `cpu`, `cuda` or `mps`. zero: None is the single engine.
+    it. streams: 2 where a row runs as [noised | clean] (block patterns). targets_per_token: 2 where the clean copy is scored as well.
+    passes: 2 where one backward pass goes through two forwards (training on edits). teacher: a frozen source beside the model, for its
+    `predictions` or its hidden `states`. device: `cpu`, `cuda` or `mps`. zero: None is the single engine.
     """
     c = FLOAT if precision == "fp32" else 2
     r = FLOAT if zero is None else c
@@ -131,14 +135,14 @@ def memory_of(
     layer = tokens * activation_bytes_per_token(shape, c, device, has_mask, r) + mask_bytes
     plain = shape.num_layers * layer
     inputs = shape.num_layers * tokens * shape.hidden * r
-    saved = inputs if gradient_checkpointing else plain
+    saved = passes * (inputs if gradient_checkpointing else plain)
     buffers = (masked_rows * length**2 if has_mask else 0) + tokens * (3 * 8 + 1) + 3 * FLOAT * tokens * shape.hidden
 
     is_autocast = c < r
     matrix = shape.vocab_size * shape.hidden
     logits = logit_bytes(shape, targets, c, device)
     head_gradient = FLOAT * matrix if shape.head_trained else 0
-    head = head_gradient + 2 * r * targets * shape.hidden + (c * matrix if is_autocast else 0)
+    head = passes * (head_gradient + 2 * r * targets * shape.hidden) + (c * matrix if is_autocast else 0)
     in_layers = shape.matrix_parameters - (matrix if shape.has_plain_head else 0)
     casts = 2 * in_layers if is_autocast else 0
     casts_late = 2 * in_layers // shape.num_layers if is_autocast and gradient_checkpointing else casts
@@ -149,26 +153,30 @@ def memory_of(
     # A tied matrix gets two gradients; any gets one more while those of earlier micro-batches are kept.
     extra = ((1 if shape.is_tied else 0) + (1 if states.accumulated else 0)) * head_gradient
 
-    always = states.weights + states.optimizer + buffers
+    frozen = 0 if teacher == "none" else c * shape.num_base_parameters
+    if teacher == "states":
+        buffers += shape.num_layers * c * micro_batch * row_length * shape.hidden
+    always = states.weights + frozen + states.optimizer + buffers
     passing = always + states.gathered
     kept = states.accumulated
     largest = max(
         (passing + kept + saved + casts + head + logits, "loss"),
         (
-            passing + bucket + max(kept, head_gradient) + saved + casts_late + (layer if gradient_checkpointing else 0) + working,
+            passing + bucket + max(kept, passes * head_gradient) + saved + casts_late + (layer if gradient_checkpointing else 0) + working,
             "backward of the last layer",
         ),
         (passing + bucket + states.gradients + extra, "end of the backward"),
         (always + states.update, "update"),
+        (states.start, "start"),
     )
     return Memory(
-        weights=round(states.weights + states.gathered),
+        weights=round(states.weights + states.gathered + frozen),
         casts=casts,
         gradients=round(states.gradients),
         optimizer=round(states.optimizer),
         update=round(states.update),
-        activations=plain,
-        activations_checkpointed=inputs + layer,
+        activations=passes * plain,
+        activations_checkpointed=passes * inputs + layer,
         logits=logits,
         head=head,
         buffers=round(buffers + bucket),

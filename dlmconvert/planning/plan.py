@@ -16,7 +16,7 @@ from dlmconvert.planning.settings import EngineSetting, Option, StageShape, reco
 from dlmconvert.planning.text import advice, plan_rows, size
 from dlmconvert.planning.time import GPU_EFFICIENCY, MASKED_SHARE, STEP_EFFICIENCY, Speed, Work, assumed_speed
 from dlmconvert.recipe.contradictions import BLOCK_PATTERNS
-from dlmconvert.recipe.method import Method
+from dlmconvert.recipe.method import Method, edits_from
 from dlmconvert.recipe.optimization import Optimization
 from dlmconvert.recipe.schema import Recipe
 from dlmconvert.training.ranks import shares
@@ -191,11 +191,13 @@ def plan_recipe(
     budget = None
     if unique and text_tokens:
         active = shape.num_parameters if not shape.experts_per_token else shape.active_matrix_parameters
-        budget = data_budget(active, unique, text_tokens, recipe.method.attention.pattern != "causal")
+        budget = data_budget(active, unique, text_tokens, recipe.method.attention.pattern != "causal", unique_from.startswith("at most"))
     result = Plan(
         recipe=recipe.name, resolved=recipe.model_dump(mode="json"), architecture=shape, config_from=config_from, machine=machine, speed=speed, price=price, stages=stages,
         disk=disk, disk_free=free_disk_bytes(folder), unique_tokens=unique, unique_tokens_from=unique_from, budget=budget, notes=list(dict.fromkeys(notes)),
     )  # fmt: skip
+    if budget is not None and unique_from.startswith("at most"):
+        result.notes.append("the unique tokens are a bound: with less text there are more epochs, and --unique-tokens N says how much there is")
     if sum(disk.values()) > result.disk_free and not machine.is_given:
         result.notes.append(f"the disk of {folder} has {size(result.disk_free)} free, which is less than the run may take")
     result.advice.extend(advice(result, recipe))
@@ -277,12 +279,25 @@ def _stage_shape(name: str, section: Optimization, recipe: Recipe, config: Any, 
     return StageShape(
         shape=shape, share=shares(section.rows_per_step, machine.processes, SECTIONS[name]), row_length=row_length, streams=streams, precision=recipe.engine.precision,
         causal=causal, has_mask=isolated or anneals or streams > 1, isolated=isolated,
-        target_share=1.0 if causal else target_share(recipe.method),
+        target_share=1.0 if causal else target_share(recipe.method), edits=0.0 if causal else edit_share_of_steps(recipe.method, section.steps),
+        teacher="none" if name == "pretrain" else teacher_of(recipe.method),
     )  # fmt: skip
 
 
 def target_share(method: Method) -> float:
     """Of the tokens of a row, those that are predicted in a step, on average; the next tokens of the clean copy on top."""
     band = method.corruption.band
-    masked = 1.0 if method.corruption.kind == "all_masked" else sum(band) / 2 if band is not None else MASKED_SHARE
+    masked = 1.0 if method.corruption.kind in ("all_masked", "gidd") else sum(band) / 2 if band is not None else MASKED_SHARE
     return masked + (1.0 if method.objective.ar_weight else 0.0)
+
+
+def edit_share_of_steps(method: Method, steps: int) -> float:
+    """Of the steps of a stage, those that train on edits as well."""
+    return (steps - edits_from(method.corruption, steps)) / steps if method.corruption.edit_share else 0.0
+
+
+def teacher_of(method: Method) -> str:
+    """What of the frozen source is looked at: `states` of its layers, `predictions`, or `none` of it."""
+    if method.objective.alignment_weight:
+        return "states"
+    return "predictions" if method.objective.teacher_kl else "none"

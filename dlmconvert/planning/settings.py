@@ -98,7 +98,8 @@ def micro_batches(share: int, asked: int, is_fixed: bool) -> list[int]:
 @dataclass(frozen=True)
 class StageShape:
     """What of a stage decides its memory and its arithmetic, besides the setting. share: rows of one process in one step. target_share: of
-    the tokens of a row, those that are predicted in a step (above 1 where the clean copy is scored as well)."""
+    the tokens of a row, those that are predicted in a step (above 1 where the clean copy is scored as well). edits: the share of the
+    steps that train on edits, in a second forward. teacher: as in `memory_of`."""
 
     shape: Architecture
     share: int
@@ -109,19 +110,22 @@ class StageShape:
     has_mask: bool
     isolated: bool
     target_share: float
+    edits: float = 0.0
+    teacher: str = "none"
 
     def work(self, checkpointing: bool) -> Work:
         """Of one row."""
         return row_work(
-            self.shape, self.row_length, causal=self.causal, streams=self.streams, target_share=self.target_share, gradient_checkpointing=checkpointing
-        )
+            self.shape, self.row_length, causal=self.causal, streams=self.streams, target_share=self.target_share, edits=self.edits,
+            has_teacher=self.teacher != "none", gradient_checkpointing=checkpointing,
+        )  # fmt: skip
 
     def option(self, setting: EngineSetting, micro_batch: int, checkpointing: bool, machine: Machine, keys: Mapping[str, Any]) -> Option:
         micro_batch = min(micro_batch, self.share)
         memory = memory_of(
             self.shape, micro_batch=micro_batch, row_length=self.row_length, accumulates=self.share > micro_batch, precision=self.precision,
             gradient_checkpointing=checkpointing, has_mask=self.has_mask, masked_rows=micro_batch if self.isolated else 1, streams=self.streams,
-            targets_per_token=2 if self.target_share > 1 else 1, device=machine.kind, zero=setting.zero(machine.processes, keys),
+            targets_per_token=2 if self.target_share > 1 else 1, passes=2 if self.edits else 1, teacher=self.teacher, device=machine.kind, zero=setting.zero(machine.processes, keys),
         )  # fmt: skip
         work = self.work(checkpointing)
         cost = work.total / work.model * STAGE_COST[setting.stage] * OFFLOAD_COST[setting.offload]

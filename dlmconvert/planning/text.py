@@ -122,7 +122,8 @@ def plan_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "model", "parameters", f"{count(shape.num_parameters)} ({shape.family}, {shape.num_layers} layers, {shape.vocab_size:,} rows{', tied' if shape.is_tied else ''})"
     yield "data", "unique tokens", f"{count(plan.unique_tokens)} ({plan.unique_tokens_from})" if plan.unique_tokens else f"unknown ({plan.unique_tokens_from})"
     if plan.budget is not None:
-        yield "data", "epochs", f"{plan.budget.epochs:.2g}"
+        bound = "at least " if plan.unique_tokens_from.startswith("at most") else ""
+        yield "data", "epochs", f"{bound}{plan.budget.epochs:.2g}"
         for kind, sentence in plan.budget.sentences:
             yield "data", kind, sentence
     for stage in plan.stages:

@@ -19,7 +19,8 @@ MASKED_SHARE = 0.5  # E[t] of uniform noise levels
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations. model: what the model needs (the numerator of MFU). recomputed: once more under checkpointing."""
+    """Floating-point operations. model: what the model needs (the numerator of MFU). recomputed: on top, under checkpointing, and for the
+    forward of a frozen source."""
 
     model: float
     recomputed: float
@@ -29,19 +30,25 @@ class Work:
         return self.model + self.recomputed
 
 
-def row_work(shape: Architecture, row_length: int, *, causal: bool = False, streams: int = 1, target_share: float = MASKED_SHARE, gradient_checkpointing: bool = False) -> Work:
+def row_work(
+    shape: Architecture, row_length: int, *, causal: bool = False, streams: int = 1, target_share: float = MASKED_SHARE, edits: float = 0.0, has_teacher: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Work:  # fmt: skip
     """Of one row of L = row_length tokens, forward and backward.
 
     model = s L w + p L^2 + m L h, where w, p, h are `flops_per_token`, `flops_per_position`, `flops_per_target` of training/throughput.py
     (6 a matrix element, arXiv 2001.08361; 4 where it is frozen; 12 q a layer and pair; 6 V d), s = streams, m = target_share, of the
     tokens the share that goes through the output matrix: E[t], or 1 under the AR objective, which needs half of the pairs. A row of two streams has about L^2 allowed pairs
     (a block-sparse kernel computes those only; a dense one four times as many). recomputed = 2 s L N + p L^2 / 3: one more forward of the
-    N matrix elements of the layers.
+    N matrix elements of the layers. edits: the share of the steps with a second forward in which every token is a target. has_teacher: a
+    frozen source reads the clean row causally, forward only.
     """
     pairs = shape.flops_per_position * row_length**2 * (0.5 if causal else 1.0)
     model = streams * row_length * shape.flops_per_token + pairs + (1.0 if causal else target_share) * row_length * shape.flops_per_target
+    model += edits * (streams * row_length * shape.flops_per_token + pairs + row_length * shape.flops_per_target)
+    teacher = 2.0 * row_length * shape.active_matrix_parameters + shape.flops_per_position * row_length**2 / 6 if has_teacher else 0.0
     again = 2.0 * streams * row_length * shape.active_matrix_parameters + pairs / 3
-    return Work(model, again if gradient_checkpointing else 0.0)
+    return Work(model, teacher + ((1 + edits) * again if gradient_checkpointing else 0.0))
 
 
 @dataclass(frozen=True)

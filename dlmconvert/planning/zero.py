@@ -2,14 +2,18 @@
 
 Legend: P parameters, P' trained ones, n processes, c bytes of the weights' type (4, or 2 under bf16 and fp16).
 
-                  stage 0    stage 1             stage 2             stage 3
-    weights       4 P        c P                 c P                 c P / n, and up to c min(P, `stage3_max_live_parameters`) gathered
-    master        -          4 P' / n            4 P' / n            4 P' / n          float32, also where the weights are
-    AdamW moments 8 P'       8 P' / n            8 P' / n            8 P' / n
-    gradients     4 P'       c P' + c P' / n     c P' / n            c P' / n          stage 2: twice while several micro-batches are summed
-    bucket        4 min(P', 5e8) c b             c b                 c b               b: `reduce_bucket_size`, allocated whole in stages 1 to 3
-    update        -          (c + 4) P' / n      (c + 4) P' / n      (c + 4) min(P' / n, `sub_group_size`)    flat gradients and their float32
-                                                                                                                copy (c = 4: one of them)
+                   stage 0         stage 1              stage 2            stage 3
+    weights        4 P             c P                  c P                c P / n + c min(P, `stage3_max_live_parameters`)
+    float32 copy   -               4 P' / n             4 P' / n           4 P' / n
+    AdamW moments  8 P'            8 P' / n             8 P' / n           8 P' / n
+    gradients      4 P'            c P' + c P' / n      c P' / n (1)       c P' / n
+    bucket         4 min(P', 5e8)  c b                  c b                c b              (stage 0: of several processes)
+    update (2)     -               (c + 4) P' / n       (c + 4) P' / n     (c + 4) min(P' / n, `sub_group_size`)
+    start (3)      -               max(4 P, c P + c P') the same           -
+
+b is `reduce_bucket_size`: allocated whole, however small the model. (1) Twice while several micro-batches are summed. (2) While the
+optimizer works, beside the gradients of the rank's own part: these, flattened, and a float32 copy (none where c = 4). (3) Before anything
+else is there: the float32 model comes onto the device whole; in type c it is flattened.
 
 Offloading moves master, moments and float32 gradients (16 P' / n) and a copy of the weights' part (c P' / n) to the host, and with the
 parameters (stage 3) c P / n more; on the GPU stages 1 and 2 keep a buffer of the largest parameter in place of their part of the gradients.
@@ -49,8 +53,8 @@ class States:
     """Bytes of one process that do not depend on the batch.
 
     gradients: at the end of the backward pass. accumulated: those of earlier micro-batches, while a forward runs. gathered: whole weights
-    while a pass runs. bucket: during the backward pass. update: gradients and copies of them while the optimizer works. host: in the
-    machine's memory.
+    while a pass runs. bucket: during the backward pass. update: gradients and copies of them while the optimizer works. start: while the
+    engine is made, alone. host: in the machine's memory.
     """
 
     weights: float
@@ -60,6 +64,7 @@ class States:
     gathered: float = 0
     bucket: float = 0
     update: float = 0
+    start: float = 0
     host: float = 0
 
 
@@ -76,7 +81,8 @@ def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates:
     bucket = zero.elements("reduce_bucket_size")
     if zero.stage == 0:
         gradients = FLOAT * trained
-        return States(FLOAT * every, gradients, gradients if accumulates else 0, 8 * trained, update=gradients + FLOAT * min(trained, ALLREDUCE))
+        flat = FLOAT * min(trained, ALLREDUCE) if n > 1 else 0
+        return States(FLOAT * every, gradients, gradients if accumulates else 0, 8 * trained, update=gradients + flat)
     offloaded = zero.offload in ("optimizer", "all")
     optimizer = 12 * part
     host = (12 + FLOAT + c) * part + (c * part if accumulates else 0) if offloaded else 0.0
@@ -100,6 +106,7 @@ def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates:
     else:
         gradients, accumulated = c * part * (2 if accumulates else 1), c * part
     buckets = 2 if dict(zero.keys).get("overlap_comm") is True else 1
+    start = max(FLOAT * every, c * (every + trained))
     return States(
-        c * every, gradients, accumulated if accumulates else 0, 0.0 if offloaded else optimizer, bucket=buckets * c * bucket, update=update, host=host
-    )
+        c * every, gradients, accumulated if accumulates else 0, 0.0 if offloaded else optimizer, bucket=buckets * c * bucket, update=update, start=start, host=host,
+    )  # fmt: skip

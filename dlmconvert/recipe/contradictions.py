@@ -24,6 +24,19 @@ def method_contradictions(recipe: Recipe):
         yield "method.objective.weight=elbo weighs by noise level, and method.corruption.kind=none has none: use unweighted"
     if corruption.kind == "none" and objective.weight == "cart":
         yield "method.objective.weight=cart weighs masked tokens, and method.corruption.kind=none has none: use unweighted"
+    yield from _gidd_contradictions(recipe)
+    if corruption.band_search_steps is not None and recipe.data.validation == 0:
+        yield "method.corruption.band_search_steps looks at held-out text, and data.validation=0 holds none back"
+    yield from _source_contradictions(recipe)
+    yield from _gated_contradictions(recipe)
+    if corruption.edit_share and corruption.kind not in ("masking", "all_masked"):
+        yield f"method.corruption.edit_share replaces tokens beside masks: method.corruption.kind={corruption.kind} has none, or random tokens already"
+    if corruption.edit_share and attention.pattern != "bidirectional":
+        yield f"method.corruption.edit_share corrects whole rows: it needs method.attention.pattern=bidirectional, not {attention.pattern}"
+    if (corruption.embedding_noise > 0) != (corruption.embedding_noise_steps is not None):
+        yield "method.corruption.embedding_noise and method.corruption.embedding_noise_steps belong together: set both, or neither"
+    if corruption.embedding_noise and corruption.kind == "none":
+        yield "method.corruption.embedding_noise falls on masks, and method.corruption.kind=none has none: leave it out"
     if corruption.kind in ("none", "all_masked"):
         masks = "none" if corruption.kind == "none" else "all of them"
         for name, default in (("band", None), ("count", "bernoulli"), ("views", "single"), ("levels_per", "row"), ("half_life", None)):
@@ -39,6 +52,51 @@ def method_contradictions(recipe: Recipe):
             "method.objective.weight=elbo with method.objective.normaliser=masked corrects twice for how much is masked (about twice the "
             "bound): use normaliser=eligible, or weight=unweighted, or the published form, normaliser=masked_micro_batch"
         )
+
+
+def _gidd_contradictions(recipe: Recipe):
+    corruption, objective = recipe.method.corruption, recipe.method.objective
+    weights = ("elbo", "gidd_clamped", "gidd_dynamic")
+    if corruption.kind != "gidd":
+        if objective.weight in weights[1:]:
+            yield f"method.objective.weight={objective.weight} is for method.corruption.kind=gidd, not for {corruption.kind}"
+        if corruption.uniform_share != type(corruption).model_fields["uniform_share"].default:
+            yield f"method.corruption.uniform_share is for method.corruption.kind=gidd, not for {corruption.kind}"
+        return
+    if objective.weight not in weights:
+        yield f"method.objective.weight={objective.weight} weighs masked tokens, and under method.corruption.kind=gidd all tokens are targets: use {', '.join(weights)}"
+    if recipe.method.attention.pattern != "bidirectional":
+        yield f"method.corruption.kind=gidd shows wrong tokens and needs method.attention.pattern=bidirectional, not {recipe.method.attention.pattern}"
+    for name, default in (("count", "bernoulli"), ("views", "single"), ("levels_per", "row"), ("half_life", None)):
+        if getattr(corruption, name) != default:
+            yield f"method.corruption.{name} says which tokens are masked, and method.corruption.kind=gidd draws each by itself: leave it out"
+
+
+def _source_contradictions(recipe: Recipe):
+    objective, pattern = recipe.method.objective, recipe.method.attention.pattern
+    for name in ("alignment_weight", "teacher_kl"):
+        if not getattr(objective, name):
+            continue
+        if pattern != "bidirectional":
+            yield f"method.objective.{name} compares one copy of a row with the source: it needs method.attention.pattern=bidirectional, not {pattern}"
+        if recipe.engine.name == "deepspeed" and recipe.engine.zero_stage == 3:
+            yield f"method.objective.{name} needs the frozen source whole on each rank: use engine.zero_stage=2 (or less) under DeepSpeed"
+    if objective.teacher_kl and recipe.method.corruption.kind == "gidd":
+        yield "method.objective.teacher_kl speaks of masked tokens, and method.corruption.kind=gidd asks for all: use alignment_weight"
+
+
+def _gated_contradictions(recipe: Recipe):
+    for section, values in (("pretrain", recipe.pretrain), ("train", recipe.train), ("sft", recipe.sft)):
+        if values is None or values.lora is None or not values.lora.gated:
+            continue
+        if section == "pretrain" or recipe.method.corruption.kind == "none":
+            yield f"{section}.lora.gated=true opens at masks, and this training has none: leave it out"
+        if values.lora.dropout:
+            yield f"{section}.lora.dropout={values.lora.dropout:g} is not for gated adapters: leave it out"
+        if recipe.engine.name == "deepspeed" and recipe.engine.zero_stage == 3:
+            yield f"{section}.lora.gated=true under DeepSpeed needs engine.zero_stage=2 or less: adapters lie beside the layers that use them"
+        if recipe.method.corruption.edit_share:
+            yield f"{section}.lora.gated=true opens at masks, and edited rows have none: leave method.corruption.edit_share out"
 
 
 BLOCK_PATTERNS = ("block_causal", "context_causal", "causal_in_block")
@@ -122,6 +180,8 @@ def _corruption_contradictions(corruption: Corruption):
     band = corruption.band
     if band is not None and not 0 < band[0] <= band[1] <= 1:
         yield f"method.corruption.band={list(band)} is not 0 < low <= high <= 1 (the weight is 1/t)"
+    if corruption.band_search_steps is not None and (corruption.kind, corruption.count, corruption.views, corruption.half_life) != ("masking", "bernoulli", "single", None):
+        yield "method.corruption.band_search_steps judges levels of independent masks: it needs kind=masking, count=bernoulli, views=single and no half_life"
     if corruption.views != "complementary":
         return
     if corruption.count != "bernoulli":

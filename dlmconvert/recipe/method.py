@@ -29,10 +29,12 @@ class Attention(Section):
 class Corruption(Section):
     """q(x_t given x_0)."""
 
-    kind: Literal["masking", "all_masked", "none"] = "masking"
-    """Each eligible token becomes the mask token with probability t; all of them do (`all_masked`, for blocks that are drafted in one step); `none` leaves the row clean (the AR objective)."""
+    kind: Literal["masking", "gidd", "all_masked", "none"] = "masking"
+    """Each eligible token becomes the mask token with probability t; or the mask token or a random one (`gidd`, arXiv 2503.04482: every token is then a target); all of them do (`all_masked`, for blocks that are drafted in one step); `none` leaves the row clean (the AR objective)."""
+    uniform_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of `gidd`: the share of random tokens where it is largest, at t = 1/2."""
     eps: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
-    """Lower end of the noise level t in [eps, 1]."""
+    """Lower end of the noise level t in [eps, 1] (`gidd`: [eps, 1 - eps])."""
     noise_levels: Literal["uniform", "stratified", "offset", "antithetic"] = "uniform"
     """One independent t a row, or spread over the global batch (lower variance, same mean): one a stratum, evenly spaced from one drawn `offset`, or rows 2j and 2j + 1 at opposite ends (`antithetic`)."""
     levels_per: Literal["row", "block"] = "row"
@@ -41,23 +43,39 @@ class Corruption(Section):
     """Masks fall on later tokens of a block more often, at low noise twice as often every `half_life` block lengths (arXiv 2512.14067; no bound then)."""
     band: tuple[float, float] | None = None
     """[low, high] in place of [eps, 1], the weight kept (arXiv 2503.09573): no longer a bound. Validation uses the full range."""
+    band_search_steps: Annotated[int, Field(gt=0)] | None = None
+    """Every so many steps the band in which held-out text (`eval.rows` rows, `eval.draws` draws) has the loss of least variance is looked for and taken from there on (arXiv 2503.09573)."""
     count: Literal["bernoulli", "at_least_one", "exact"] = "bernoulli"
     """How many tokens of a row of n are masked: each with probability t; the same but never none; or l, uniform on 1..n, in place of t (weight n/l, the lowest variance; `eps` is not used)."""
     views: Literal["single", "complementary"] = "single"
     """`complementary`: rows 2j and 2j + 1 of the global batch are one row of text, and what one masks the other shows (arXiv 2509.26328): each token is predicted once, from half as much text."""
+    edit_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest share of a row's tokens that random ones replace in the last phase, which also asks for the right tokens of such rows (arXiv 2508.02193); a row draws its own from 0 up. 0: no such phase."""
+    edit_steps: Annotated[float, Field(gt=0)] = 0.2
+    """The last so many steps of a stage train on edits as well, in a second forward of each micro-batch; below 1 a fraction."""
+    embedding_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of Gaussian noise on the embeddings of masks in the first steps (arXiv 2512.15745): an unused row is near 0, where gradients explode. Not in sampling."""
+    embedding_noise_steps: Annotated[float, Field(gt=0)] | None = None
+    """Optimizer steps with that noise; below 1 a fraction."""
 
 
 class Objective(Section):
     """How denoising errors are weighed and summed."""
 
-    weight: Literal["elbo", "unweighted", "cart"] = "elbo"
-    """`elbo`: 1/t on masked tokens (arXiv 2406.07524); `unweighted`: 1; `cart`: by the distance to clean tokens (arXiv 2508.15487)."""
+    weight: Literal["elbo", "unweighted", "cart", "gidd_clamped", "gidd_dynamic"] = "elbo"
+    """`elbo`: 1/t on masked tokens (arXiv 2406.07524), under `gidd` its bound's weights; `unweighted`: 1; `cart`: by the distance to clean tokens (arXiv 2508.15487); `gidd_clamped`: the bound's weights, at most 2; `gidd_dynamic`: 2 on masks, 1 on random tokens, little on right ones (arXiv 2503.04482)."""
     cart_p: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Of `cart` only: 1 counts the two neighbours, smaller values look further."""
     ar_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the next-token loss on the clean copy (`context_causal`, `causal_in_block`): keeps the autoregressive path."""
     ar_schedule: Literal["fixed", "annealed", "balanced"] = "fixed"
     """`annealed`: the weight falls to 0 while blocks grow (arXiv 2512.06776). `balanced`: times the ratio of the denoising loss to the next-token loss, of the step before (arXiv 2604.11035)."""
+    alignment_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of 1 - cosine between hidden states and those of the frozen source on the clean text, mean over layers and tokens (arXiv 2605.06885). Takes a second copy of the model, without gradients."""
+    teacher_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of KL(frozen source's next-token prediction || prediction) of masked tokens. Takes a second copy of the model, without gradients."""
+    router_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the balance loss of mixture-of-experts models (arXiv 2101.03961). Empty: what the source was trained with (router_aux_loss_coef)."""
     normaliser: Literal["eligible", "masked", "masked_micro_batch"] = "eligible"
     """Divide the sum once by the global count of eligible tokens or of masked tokens, or, as DiffuLLaMA's code does, each micro-batch by its masked tokens."""
 
@@ -97,6 +115,18 @@ def block_stages_of(attention: Attention, steps: int, row_length: int, is_anneal
         return doubling_stages(length, anneal_steps_of(attention, steps))
     assert attention.decay_steps is not None
     return warm_up_stable_decay_stages(length, row_length, steps, anneal_steps_of(attention, steps), _whole_steps(attention.decay_steps, steps))
+
+
+def edits_from(corruption: Corruption, steps: int) -> int:
+    """The first step (from 0) that trains on edits."""
+    return max(0, steps - _whole_steps(corruption.edit_steps, steps))
+
+
+def embedding_noise_steps_of(corruption: Corruption, steps: int) -> int:
+    """Steps with noise on the embeddings of masks."""
+    if corruption.embedding_noise == 0 or corruption.embedding_noise_steps is None:
+        return 0
+    return _whole_steps(corruption.embedding_noise_steps, steps)
 
 
 def _whole_steps(value: float, steps: int) -> int:

@@ -18,6 +18,8 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
     """Module names, or `all-linear`: every linear layer but the output head."""
+    gated: bool = False
+    """Adapters act on masks only: on text without masks the model stays the source, bit for bit (arXiv 2604.11035). They are kept beside the weights and cannot be merged or exported."""
 
 
 class Rates(Section):

@@ -190,12 +190,44 @@ def train_variants(source: Variant | None, variants: list[Variant], reporter: Re
     return worked
 
 
+def measure_retentions(variants: list[Variant], reporter: Reporter) -> bool:
+    """What is left of the source in each finished variant, once a variant: retention.json in its run folder, and plots/retention.png.
+
+    On the rows that the AR NLL of the source was measured on; a variant that held nothing out is passed over. Returns False when
+    there was nothing to do.
+    """
+    from dlmconvert.runs.evaluations import measure_retention
+    from dlmconvert.runs.folder import ModelLocation
+
+    waiting = [variant for variant in variants if not _retention_file(variant).is_file() and _measured(variant)]
+    for number, variant in enumerate(waiting, 1):
+        reporter.say(f"({number}/{len(waiting)}) {variant.name}: what is left of the source")
+        location = ModelLocation(variant.run.model_folder("adapt"), str(variant.run.path), variant.run)
+        rows = _measured(variant)["AR NLL of the source"]["rows"]
+        evaluation = variant.recipe.eval.model_copy(update={"rows": rows})
+        device = variant.recipe.engine.device
+        found = measure_retention(location, evaluation, reporter, data=None, source=None, row_length=None, device=device, plot=None)
+        write_atomically(_retention_file(variant), json.dumps(found.to_dict(), indent=1) + "\n")
+    return bool(waiting)
+
+
+def _retention_file(variant: Variant) -> Path:
+    return variant.run.path / "retention.json"
+
+
+def _measured(variant: Variant) -> dict[str, dict[str, Any]]:
+    return {one["what"]: one for one in variant.run.stage_state("adapt")["facts"].get("measured", [])}
+
+
 # What came out of it
 
 
-def tabulate(what: str, variants: list[Variant]) -> dict[str, Any]:
-    """Plain values of finished variants: {"recipe", "folder", "notes", "variants": [...]}; likelihoods are nats a token."""
-    rows = [_row(variant) for variant in variants]
+def tabulate(what: str, variants: list[Variant], retention: bool = True) -> dict[str, Any]:
+    """Plain values of finished variants: {"recipe", "folder", "notes", "variants": [...]}; likelihoods are nats a token.
+
+    retention: with what `measure_retentions` found (None for a variant without it).
+    """
+    rows = [_row(variant) | {"retention": _retention(variant) if retention else None} for variant in variants]
     return {"recipe": what, "folder": str(variants[0].run.path.parent), "notes": list(_notes(variants, rows)), "variants": rows}
 
 
@@ -204,7 +236,7 @@ def _row(variant: Variant) -> dict[str, Any]:
 
     state = variant.run.stage_state("adapt")
     facts = state["facts"]
-    measured = {one["what"]: one for one in facts.get("measured", [])}
+    measured = _measured(variant)
     lines = [line for line in read_metrics(variant.run.path / "adapt" / "metrics.jsonl") if "seconds_per_step" in line]
     seconds = facts["steps"] * sum(line["seconds_per_step"] for line in lines) / len(lines)
     return {
@@ -225,6 +257,14 @@ def _row(variant: Variant) -> dict[str, Any]:
     }
 
 
+def _retention(variant: Variant) -> dict[str, Any] | None:
+    if not _retention_file(variant).is_file():
+        return None
+    found = json.loads(_retention_file(variant).read_text())
+    weights = {part["kind"]: part["relative"] for part in found["weights"]["by_kind"]}
+    return {**found["agreement"], "weight_drift": found["weights"]["total"]["relative"], "weight_drift_by_kind": weights, "sentence": found["sentence"]}
+
+
 def _notes(variants: Sequence[Variant], rows: list[dict[str, Any]]):
     kinds = {row["after"]["kind"] for row in rows if row["after"]}
     if len(kinds) == 2:
@@ -241,16 +281,37 @@ def _notes(variants: Sequence[Variant], rows: list[dict[str, Any]]):
         yield "The variants were not measured alike (held-out rows, tokens or draws differ): their likelihoods do not compare."
 
 
-HEADINGS = ("variant", "after", "before", "AR source", "steps", "tokens seen", "training s", "tokens/s")
+def title_of(comparison: dict[str, Any]) -> str:
+    """What the table shows, in words."""
+    title = "held-out likelihood in nats a token, after and before adaptation"
+    if any(row["retention"] for row in comparison["variants"]):
+        title += (
+            "; AR path: NLL of the converted model read from left to right; accepted: what the source would accept of it; "
+            "moved: its weights, ||W - W0|| / ||W0||"
+        )
+    return title
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the table as text, under HEADINGS."""
-    after = row["after"]
+def table_of(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table as text, headings first. The columns of retention are there when a variant has them."""
+    rows = comparison["variants"]
+    kept = any(row["retention"] for row in rows)
+    retention = ("AR path", "accepted", "moved") if kept else ()
+    headings = ("variant", "after", "before", "AR source", *retention, "steps", "tokens seen", "training s", "tokens/s")
+    return [headings, *(_cells(row, kept) for row in rows)]
+
+
+def _cells(row: dict[str, Any], kept: bool) -> tuple[str, ...]:
+    after, retention = row["after"], row["retention"]
+    left = ("-", "-", "-")
+    if retention:
+        drift = retention["weight_drift"]
+        left = (f"{retention['nats_after']:.3f}", f"{retention['acceptance']:.1%}", "-" if drift is None else f"{drift:.1%}")
     return (
         row["variant"],
         "-" if after is None else ("NELBO <= " if after["kind"] == "nelbo" else "NLL ") + nats_text(after),
         *("-" if row[name] is None else nats_text(row[name]) for name in ("before", "source")),
+        *(left if kept else ()),
         f"{row['steps']:,}",
         f"{row['tokens_seen']:,}",
         f"{row['training_seconds']:,.1f}",
@@ -259,9 +320,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table_text(comparison: dict[str, Any]) -> str:
-    table = [HEADINGS, *(cells(row) for row in comparison["variants"])]
+    table = table_of(comparison)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["held-out likelihood in nats a token, after and before adaptation"]
+    lines = title_of(comparison).split("; ")
     for row in table:
         lines.append("  " + "  ".join(text.ljust(width) if place < 1 else text.rjust(width) for place, (text, width) in enumerate(zip(row, widths, strict=True))))
     return "\n".join(lines + [f"  {note}" for note in comparison["notes"]])

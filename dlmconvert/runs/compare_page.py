@@ -22,11 +22,12 @@ table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .9r
 td:first-child, th:first-child { text-align: left } img { max-width: 100% } code { background: #f4f6f9 } h1 { font-size: 1.5rem }
 </style></head><body>
 <h1>Variants of {{ comparison.recipe }}</h1>
-<p>Held-out likelihood in nats a token, after and before adaptation.</p>
+<p>{{ title }}.</p>
 <table><tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% for note in comparison.notes %}<p>{{ note }}</p>
+{% endfor %}{% for row in comparison.variants if row.retention %}<p>{{ row.variant }}: {{ row.retention.sentence }}</p>
 {% endfor %}<img alt="curves of all variants" src="data:image/png;base64,{{ image }}">
 <ul>{% for row in comparison.variants %}<li>{{ row.variant }}: <code>{{ row.words|join(" ") }}</code> in {{ row.run }}</li>
 {% endfor %}</ul></body></html>
@@ -83,10 +84,11 @@ def check_report(path: Path) -> None:
 def write_page(comparison: dict[str, Any], image: Path, path: Path) -> Path:
     import jinja2
 
-    from dlmconvert.runs.compare import HEADINGS, cells
+    from dlmconvert.runs.compare import table_of, title_of
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     picture = base64.b64encode(image.read_bytes()).decode("ascii")
-    rows = [cells(row) for row in comparison["variants"]]
-    write_atomically(path, template.render(comparison=comparison, headings=HEADINGS, rows=rows, image=picture))
+    headings, *rows = table_of(comparison)
+    title = title_of(comparison)
+    write_atomically(path, template.render(comparison=comparison, title=title[0].upper() + title[1:], headings=headings, rows=rows, image=picture))
     return path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmconvert.errors import UserError
-from dlmconvert.recipe.method import Method, anneal_steps_of, block_stages_of
+from dlmconvert.recipe.method import Method, anneal_steps_of, block_stages_of, edits_from, embedding_noise_steps_of
 from dlmconvert.recipe.optimization import Optimization
 from dlmconvert.runs.stage import StageContext
 
@@ -43,6 +43,8 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
 
     from dlmconvert.backbone.adapters import attach_lora
     from dlmconvert.backbone.denoiser import Denoiser
+    from dlmconvert.backbone.extras import balance_coefficient
+    from dlmconvert.backbone.gated import GatedAdapters
     from dlmconvert.backbone.load import load_config, load_model, load_tokenizer
     from dlmconvert.backbone.rewrite import rewrite_config
     from dlmconvert.backbone.spec import DlmSpec
@@ -81,8 +83,24 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
         },
     )
     tokenizer = job.tokenizer or load_tokenizer(job.source)
-    if job.settings.lora is not None:
-        lora = job.settings.lora
+    lora, adapters = job.settings.lora, None
+    if spec.gated_adapter is not None and not (lora is not None and lora.gated and spec.gated_adapter == _gated(lora)):
+        raise UserError(
+            f"{job.source} has adapters that act on masks only", "its weights are the source's, and training them would lose that",
+            f"train the same adapters on: {SECTION[job.stage]}.lora={{gated: true, " + ", ".join(f"{k}: {v}" for k, v in spec.gated_adapter.items()) + "}",
+        )  # fmt: skip
+    if lora is not None and lora.gated:
+        if spec.mask_is_word:
+            raise UserError(
+                f"{SECTION[job.stage]}.lora.gated=true with source.mask_token={spec.mask_token_id}, an ordinary word",
+                "text contains it, and would open the gate", "leave source.mask_token out to have an unused one chosen",
+            )  # fmt: skip
+        model.requires_grad_(False)
+        adapters = GatedAdapters(model, **_gated(lora), mask_token_id=spec.mask_token_id, seed=job.settings.seed)
+        if spec.gated_adapter is not None:
+            adapters.load(job.source)
+        spec = replace(spec, gated_adapter=adapters.describe())
+    elif lora is not None:
         with attaching(model) if attaching else nullcontext():
             model = attach_lora(
                 model,
@@ -94,19 +112,51 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
                 seed=job.settings.seed,
             )
     freeze(model, job.settings.rates.model_dump())
-    return Denoiser(model, spec, tokenizer), spec
+    if method.corruption.kind == "gidd" and spec.mask_is_word:
+        raise UserError(
+            f"method.corruption.kind=gidd with source.mask_token={spec.mask_token_id}, an ordinary word",
+            "its prediction leaves the mask token out, and text contains this one", "leave source.mask_token out to have an unused one chosen",
+        )  # fmt: skip
+    if method.objective.router_weight and not balance_coefficient(model):
+        raise UserError(
+            f"method.objective.router_weight={method.objective.router_weight:g}: {config.model_type} has no routers whose balance loss is known", "",
+            "leave it out",
+        )  # fmt: skip
+    return Denoiser(model, spec, tokenizer, teacher_of(context, method), adapters), spec
+
+
+SECTION = {"pretrain": "pretrain", "adapt": "train", "sft": "sft"}  # stage: section of the recipe
+
+
+def _gated(lora: Any) -> dict[str, Any]:
+    return {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules}
+
+
+def teacher_of(context: StageContext, method: Method) -> Any:
+    """The frozen source where the objective compares with it, read when it is first needed."""
+    import torch
+
+    from dlmconvert.backbone.teacher import Teacher, load_source
+
+    if not (method.objective.alignment_weight or method.objective.teacher_kl):
+        return None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[context.recipe.engine.precision]
+    return Teacher(partial(load_source, context.run.model_folder("prepare"), dtype, context.recipe.source.trust_remote_code))
 
 
 def write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> None:
-    """A plain model folder in the dtype of the source, adapters merged."""
+    """A plain model folder in the dtype of the source, adapters merged; those that act on masks only beside the source's own weights."""
     import torch
 
     from dlmconvert.backbone.adapters import merge_lora
     from dlmconvert.backbone.load import load_config, save_model_folder
 
-    model = merge_lora(denoiser.model) if job.settings.lora is not None else denoiser.model
+    merges = job.settings.lora is not None and not job.settings.lora.gated
+    model = merge_lora(denoiser.model) if merges else denoiser.model
     dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
     save_model_folder(fresh_folder(folder), model.cpu(), denoiser.tokenizer, spec, dtype=dtype)
+    if denoiser.adapters is not None:
+        denoiser.adapters.save(folder)
 
 
 def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> None:
@@ -144,7 +194,20 @@ def _open_ratio_at(job: TrainingJob, step: int, row_length: int) -> float:
     return open_share(context_of(loop_settings_of(job, row_length), step - 1), row_length)
 
 
-def batch_stream(job: TrainingJob, mask_token_id: int) -> Any:
+def band_search(context: StageContext, job: TrainingJob, spec: Any) -> Any:
+    """What looks for the band of noise levels: `training.bands.BandSearch`; None where the recipe fixes it, or nothing is held out."""
+    from dlmconvert.training.bands import BandSearch
+
+    corruption, evaluation = job.method.corruption, context.recipe.eval
+    if corruption.band_search_steps is None or job.validation is None:
+        return None
+    whole = job.method.model_copy(update={"corruption": corruption.model_copy(update={"band": None, "noise_levels": "stratified", "edit_share": 0.0})})
+    rows = min(evaluation.rows, job.validation.num_rows)
+    held = replace(job, stores=[job.validation], weights=[1.0], method=whole, settings=job.settings.model_copy(update={"rows_per_step": rows}))
+    return BandSearch(batch_stream(held, spec), evaluation.draws, corruption.band_search_steps, corruption.eps)
+
+
+def batch_stream(job: TrainingJob, spec: Any) -> Any:
     """The noised batches of a stage: `data.loader.BatchStream`."""
     from dlmconvert.data.loader import BatchStream, Mixture
     from dlmconvert.diffusion.schedules import block_length_at
@@ -158,7 +221,7 @@ def batch_stream(job: TrainingJob, mask_token_id: int) -> Any:
         corruption_kind=method.corruption.kind,
         eps=method.corruption.eps,
         noise_levels=method.corruption.noise_levels,
-        mask_token_id=mask_token_id,
+        mask_token_id=spec.mask_token_id,
         alignment=method.alignment,
         isolated=job.isolated,
         band=method.corruption.band,
@@ -167,6 +230,10 @@ def batch_stream(job: TrainingJob, mask_token_id: int) -> Any:
         levels_per=method.corruption.levels_per,
         half_life=method.corruption.half_life,
         block_length=partial(block_length_at, stages=stages) if stages else None,
+        uniform_share=method.corruption.uniform_share,
+        vocab_size=spec.vocab_size,
+        edit_share=method.corruption.edit_share,
+        edit_from=edits_from(method.corruption, settings.steps),
     )
 
 
@@ -199,6 +266,13 @@ def loop_settings_of(job: TrainingJob, row_length: int) -> Any:
         block_stages=block_stages_of_job(job, row_length),
         ar_weight=method.objective.ar_weight if method.attention.pattern != "causal" else 0.0,
         ar_schedule=method.objective.ar_schedule,
+        corruption=method.corruption.kind,
+        uniform_share=method.corruption.uniform_share,
+        alignment_weight=method.objective.alignment_weight,
+        teacher_kl=method.objective.teacher_kl,
+        router_weight=method.objective.router_weight,
+        embedding_noise=method.corruption.embedding_noise,
+        embedding_noise_steps=embedding_noise_steps_of(method.corruption, settings.steps) if job.anneal else 0,
         skip_nonfinite=settings.skip_nonfinite,
     )
 

@@ -37,7 +37,7 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
     In one process, whatever number the run had: same batches, numbers equal but for the order of additions. Nothing is written into
     the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
     """
-    from dlmconvert.runs.models import batch_stream, loop_settings_of
+    from dlmconvert.runs.models import band_search, batch_stream, loop_settings_of
     from dlmconvert.runs.stages import JOBS
     from dlmconvert.runs.training import changed_inputs, make_engine
     from dlmconvert.training.checkpoint import CheckpointFolder
@@ -59,8 +59,11 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
     if begun:
         with tempfile.TemporaryDirectory(prefix="dlmconvert-replay-") as scratch:
             engine.restore(checkpoints, engine.at(checkpoints, begun), Path(scratch))
-    stream = batch_stream(job, engine.denoiser.spec.mask_token_id)
+    stream = batch_stream(job, engine.denoiser.spec)
     settings = loop_settings_of(job, stream.mixture.row_length)
+    search = band_search(context, job, engine.denoiser.spec)
+    if search is not None and begun and (band := checkpoints.state(begun).get("band")):
+        stream.band = tuple(band)
     reporter.say(f"  from {f'the checkpoint of step {begun}' if begun else 'the start'}: steps to go before it: {step - 1 - begun}")
     with reporter.progress("steps before it", step - 1 - begun) as bar:
         for before in range(begun, step - 1):
@@ -68,6 +71,11 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
             norm = engine.update(settings.learning_rate_at(before))
             if problem_of(len(part.broken), norm, engine.overflowed) is None:
                 balance = balance_of(part.sums, part.sums["ce_sum"] / max(1.0, part.sums["masked"]), balance)
+            if search is not None and (before + 1) % search.every == 0:
+                engine.denoiser.eval()
+                found = search.look(engine, settings, before + 1)
+                engine.denoiser.train()
+                stream.band = found["band_low"], found["band_high"]
             bar.advance(1)
     return Replay(stage, step, begun, inspect_step(engine, stream, settings, step - 1, balance))
 

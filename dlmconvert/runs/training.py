@@ -20,7 +20,16 @@ from dlmconvert.errors import Interrupted, UserError
 from dlmconvert.recipe.schema import Evaluation
 from dlmconvert.runs.engines import SECTIONS, engine_config
 from dlmconvert.runs.folder import RunFolder, write_atomically
-from dlmconvert.runs.models import TrainingJob, anneal_steps_of_job, batch_stream, fresh_folder, loop_settings_of, trainable, write_model
+from dlmconvert.runs.models import (
+    TrainingJob,
+    anneal_steps_of_job,
+    band_search,
+    batch_stream,
+    fresh_folder,
+    loop_settings_of,
+    trainable,
+    write_model,
+)
 from dlmconvert.runs.stage import StageContext
 from dlmconvert.runs.status import stage_process
 
@@ -36,7 +45,7 @@ def run_training(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     denoiser, spec = train_together(context, job)
     assert denoiser is not None
 
-    if job.settings.lora is not None:
+    if job.settings.lora is not None and not job.settings.lora.gated:
         reporter.say("  merging the adapters; they are kept apart in adapter/")
         save_adapter(denoiser.model, fresh_folder(folder / "adapter"), base=str(recipe.source.model or "scratch"))
     temporary = folder / ".writing-model"
@@ -103,7 +112,7 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
 
     settings, reporter, ranks = job.settings, context.reporter, context.ranks
     folder = context.run.stage_folder(job.stage)
-    stream = batch_stream(job, engine.denoiser.spec.mask_token_id)
+    stream = batch_stream(job, engine.denoiser.spec)
     overlaps = settings.overlap_saving
     if overlaps is None:  # on a CPU host memory is what the training needs, and an offloaded optimizer lies there
         overlaps = engine.device.type == "cuda" and context.recipe.engine.offload_optimizer == "none"
@@ -146,6 +155,7 @@ def _loop(context: StageContext, job: TrainingJob, engine: Any) -> None:
             train(
                 engine, stream, loop_settings, checkpoints, metrics, validate, context.stop, identity, _speed(context, job, engine),
                 reproduce=f"dlmconvert replay {shlex.quote(str(context.run.path))} {{step}} --stage {job.stage}", section=SECTIONS[job.stage],
+                search=band_search(context, job, engine.denoiser.spec),
             )  # fmt: skip
         finally:
             context.stop.deferred = False
@@ -214,7 +224,7 @@ def fingerprint(model_folder: Path) -> str:
     """Hash of a model folder's weights; kept beside them, because hashing gigabytes takes a while."""
     from dlmconvert.training.checkpoint import file_hash
 
-    files = sorted(model_folder.glob("*.safetensors"))
+    files = sorted(model_folder.rglob("*.safetensors"))  # adapters beside the weights too
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     note = model_folder / ".fingerprint.json"
     if note.is_file():

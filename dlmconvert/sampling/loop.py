@@ -1,7 +1,7 @@
 """The loop: plan, ask, choose, commit; once a step.
 
 The host waits for the device in one place (what is left, how many positions are asked for, in which part each row stands); the rest
-of a step is queued. It waits again where the rows of a batch ask for different numbers of positions (transformers selects hidden
+of a step is queued. It waits again where rows are asked whole, or ask for different numbers of positions (transformers selects hidden
 states by a boolean mask then), above temperature 0 (drawing looks at the tokens that the filters leave), and wherever the users'
 hooks look at a tensor.
 

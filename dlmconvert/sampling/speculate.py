@@ -1,21 +1,29 @@
-"""Self-speculation: the diffusion model drafts several tokens at once, its own causal pass verifies them.
+"""Self-speculation: the diffusion model drafts several tokens at once, its own causal pass verifies them, in one forward.
 
 A model whose clean context is causal (`context_causal`, `causal_in_block`), trained with the AR loss or with frozen AR weights, is an
-AR model as well. With x_m the last token that stands, a round is two forwards against the stored keys of the text before it:
+AR model as well. With x_m the last token that stands and d_1 .. d_g drafted behind it, one forward against the stored keys of the
+text before computes
 
-    draft    d_1 .. d_g ~ q_1 .. q_g,  independently, one forward over [x_m, M, .., M]
-    verify   p_1 .. p_{g+1},  one causal forward over [x_m, d_1, .., d_g]
+    verify    p_1 .. p_{g+1}, the causal predictions over [x_m, d_1 .. d_g]
+    draft     for every outcome k = 0 .. g (d_1 .. d_k stand): q^k_1 .. q^k_g, the denoising predictions of the tokens that would be
+              drafted next, from masks behind d_k
+
+and then
+
     accept d_j from the left with probability min(1, p_j(d_j) / q_j(d_j));
-    the first one that is refused is replaced by a draw from max(p_j - q_j, 0), normalised; when none is, p_{g+1} gives one more
+    the first one that is refused is replaced by a draw from max(p_j - q_j, 0), normalised; when none is, p_{g+1} gives one more;
+    with k accepted, the next round's d ~ q^k, independently
 
-(arXiv 2211.17192, algorithm 1; I-DLM 2604.11035, TiDAR 2511.08923). What comes out has exactly the distribution of AR sampling with
-the same temperature and filters, because q_j depends on nothing but the text before the draft; at temperature 0 it is the AR text,
-token for token, whatever was drafted. Only the verifying forward's keys are kept, and what was refused is written over.
+(arXiv 2211.17192, algorithm 1; drafting for every outcome: TiDAR, arXiv 2511.08923). What comes out has exactly the distribution of
+AR sampling with the same temperature and filters, because q^k_j depends on nothing but the text up to d_k; at temperature 0 it is the
+AR text, token for token, whatever was drafted. A round is one forward and settles 1 .. g + 1 tokens, so it never takes more forwards
+than AR decoding does. The token behind d_k is not known yet when q^k is computed: it is one of the masks.
 
-Under `shift` the block that drafts begins at x_m, as in training, where the first token of a block is never masked; under `in_place`
-it begins behind x_m. The AR prediction of a token is read from the hidden state before it under either alignment.
+Under `shift` a block that drafts begins at d_k, as in training, where the first token of a block is never masked; under `in_place` it
+begins behind d_k. The AR prediction of a token is read from the hidden state before it under either alignment. Keys of drafted and
+masked columns are written over in the next round; only what was accepted stays, computed by the causal pass.
 
-Shapes: B rows, L positions of the canvas, G drafted tokens, V vocabulary.
+Shapes: B rows, R of them still open, L positions of the canvas, G drafted tokens, Q columns of a forward, K keys, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,9 +31,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
-from ..diffusion.alignment import predicting_positions
 from ..diffusion.block_attention import FREE_BLOCKS
 from ..diffusion.randomness import SAMPLE_ORDER, SAMPLE_TOKEN, counter_gumbel, counter_uniform
 from .blocks import masked_places, row_begins, row_lengths
@@ -33,7 +40,7 @@ from .canvas import Canvas
 from .draw import draw_tokens
 from .filters import apply_filters, ban
 from .step import Step
-from .windows import WindowPredictor, Windows
+from .windows import WindowPredictor
 
 _ACCEPT, _REPLACE = 2, 3  # further keys, so that these draws are other streams than those of the draft and of the order
 
@@ -90,123 +97,165 @@ def speculate(
     banned_ids: Sequence[int] = (),
     end_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """Fill the rows from the left; a Step a round (two forwards), which settles 1 .. draft_length + 1 tokens of each row.
+    """Fill the rows from the left; a Step a forward, which settles 1 .. draft_length + 1 tokens of each row (the first one 1).
 
     The canvas has been checked (check_speculation). Other arguments as in `denoise`. Step.confidence_BL is the AR probability.
     """
-    rounds = _Rounds(predictor, canvas, draft_length)
+    rounds = _Rounds(predictor, canvas, draft_length, banned_ids)
+    hot = temperature > 0
     how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    tokens_BL = canvas.tokens_BL.masked_fill(canvas.masked_BL, predictor.mask_token_id)
-    masked_BL, length = canvas.masked_BL.clone(), canvas.tokens_BL.shape[1]
-    columns_L = torch.arange(length, device=tokens_BL.device)
-    ends = torch.tensor(list(end_ids), dtype=torch.int64, device=tokens_BL.device)
+    device, (num_rows, length) = canvas.tokens_BL.device, canvas.tokens_BL.shape
+    # A few more columns than the canvas has: what is drafted behind the end of a row falls there.
+    text_BL = pad(canvas.tokens_BL.masked_fill(canvas.masked_BL, predictor.mask_token_id), (0, draft_length + 2))
+    masked_BL = canvas.masked_BL.clone()
+    ends = torch.tensor(list(end_ids), dtype=torch.int64, device=device)
+    drafts_RG = q_RGV = None
     step = 0
     while rounds.rows:
-        rows_R = torch.tensor(rounds.rows, device=tokens_BL.device)
-        keys_R1, last_R1 = canvas.row_keys_B[rows_R][:, None], torch.tensor(rounds.last_of_rows(), device=tokens_BL.device)[:, None]
-        # Columns of the drafted tokens and of the one behind them; what lies outside of a row is not meant.
-        columns_RG = last_R1 + 1 + torch.arange(draft_length + 1, device=tokens_BL.device)
-        drafted_R = torch.tensor(rounds.num_drafted(), device=tokens_BL.device)
-        inside_RG = columns_RG.clamp(max=length - 1)
-        positions_RG = canvas.positions_BL[rows_R].gather(1, inside_RG)
-        keys_RG = keys_R1.expand(columns_RG.shape)
-
-        q_RGV = _distributions(rounds.draft(tokens_BL), predictor, banned_ids, how)
-        drafts_RG = _draw(q_RGV, keys_RG[:, :-1], positions_RG[:, :-1], step, how)
-        # What is not meant is written behind the canvas.
-        slots_RG = torch.where(columns_RG[:, :-1] <= last_R1 + drafted_R[:, None], columns_RG[:, :-1], length)
-        drafted_BL = pad(tokens_BL, (0, 1)).index_put((rows_R[:, None], slots_RG), drafts_RG)[:, :length]
-        p_RGV = _distributions(rounds.verify(drafted_BL), predictor, banned_ids, how)
-        u_RG = counter_uniform(SAMPLE_ORDER, seed, keys_RG[:, :-1], step, positions_RG[:, :-1], _ACCEPT)
-        accepted_R, next_RV = accept(p_RGV, q_RGV, drafts_RG, drafted_R, u_RG)
-        behind_R = _categorical(next_RV, keys_R1[:, 0], positions_RG.gather(1, accepted_R[:, None])[:, 0], step, how)
+        num_drafts = 0 if drafts_RG is None else draft_length
+        last_R1, room_R1, rows_R1 = rounds.standing()
+        rows_R = rows_R1[:, 0]
+        p_logits_RGV, next_logits_RKGV = rounds.forward(text_BL, drafts_RG, last_R1, room_R1, rows_R1)
+        columns_RG = last_R1 + 1 + torch.arange(num_drafts + 1, device=device)
+        keys_R1 = canvas.row_keys_B[rows_R1]
+        positions_RG = canvas.positions_BL[rows_R].gather(1, columns_RG.clamp(max=length - 1)) if hot else columns_RG
+        if hot:
+            p_RGV = _distributions(p_logits_RGV, how)
+            accepted_R, next_RV = torch.zeros_like(rows_R), p_RGV[:, 0]
+            if drafts_RG is not None:
+                u_RG = counter_uniform(SAMPLE_ORDER, seed, keys_R1, step, positions_RG[:, :-1], _ACCEPT)
+                accepted_R, next_RV = accept(p_RGV, q_RGV, drafts_RG, room_R1[:, 0].clamp(max=num_drafts), u_RG)
+            behind_R1 = _categorical(next_RV, keys_R1, positions_RG.gather(1, accepted_R[:, None]), step, seed)[:, None]
+        else:
+            # p and q put everything on one token: accepting is comparing, and the AR token stands in either case.
+            best_RG = p_logits_RGV.argmax(dim=-1)
+            accepted_R = torch.zeros_like(rows_R)
+            if drafts_RG is not None:
+                stands_RG = (drafts_RG == best_RG[:, :-1]) & (columns_RG[:, :-1] < last_R1 + 1 + room_R1)
+                accepted_R = stands_RG.to(torch.int64).cumprod(dim=1).sum(dim=1)
+            behind_R1 = best_RG.gather(1, accepted_R[:, None])
 
         # What settles: the accepted ones, and the one behind them where the row has room for it.
-        new_RG = torch.cat([drafts_RG, behind_R[:, None]], dim=1).scatter(1, accepted_R[:, None], behind_R[:, None])
-        places_G = torch.arange(draft_length + 1, device=tokens_BL.device)
-        room_R = torch.tensor(rounds.room(), device=tokens_BL.device)
-        settles_RG = (places_G <= accepted_R[:, None]) & (places_G < room_R[:, None])
+        new_RG = behind_R1 if drafts_RG is None else torch.cat([drafts_RG, behind_R1], dim=1).scatter(1, accepted_R[:, None], behind_R1)
+        settles_RG = columns_RG - last_R1 - 1 <= torch.minimum(accepted_R[:, None], room_R1 - 1)
         is_end_RG = torch.isin(new_RG, ends) & settles_RG
         settles_RG = settles_RG & (is_end_RG.cumsum(dim=1) - is_end_RG.to(torch.int64) == 0)
         # The one place of a round where the host waits.
         counts, ended = torch.stack([settles_RG.sum(dim=1), is_end_RG.any(dim=1).to(torch.int64)]).tolist()
 
-        committed_BL = torch.zeros_like(masked_BL)
-        confidence_BL = torch.zeros(masked_BL.shape, device=tokens_BL.device)
+        places_RG = columns_RG.masked_fill(~settles_RG, length)  # behind the canvas: not settled
+        text_BL[rows_R1, places_RG] = new_RG
+        committed_BL = torch.zeros(num_rows, length + 1, dtype=torch.bool, device=device)
+        committed_BL[rows_R1, places_RG] = True
+        confidence_BL = torch.zeros(num_rows, length + 1, device=device)
+        confidence_BL[rows_R1, places_RG] = torch.softmax(p_logits_RGV, dim=-1).gather(2, new_RG[..., None])[..., 0]
+        committed_BL = committed_BL[:, :length]
+        masked_BL = masked_BL & ~committed_BL
         given_back_BL = torch.zeros_like(masked_BL)
-        p_new_RG = p_RGV.gather(2, new_RG[..., None])[..., 0].to(confidence_BL.dtype)
-        for place, (row, count, is_ended) in enumerate(zip(rounds.rows, counts, ended, strict=True)):
-            here = slice(rounds.last[row] + 1, rounds.last[row] + 1 + count)
-            tokens_BL[row, here], confidence_BL[row, here] = new_RG[place, :count], p_new_RG[place, :count]
-            committed_BL[row, here], masked_BL[row, here] = True, False
-            if is_ended:
-                given_back_BL[row] = masked_BL[row] & (columns_L >= here.stop)
-                tokens_BL[row] = tokens_BL[row].masked_fill(given_back_BL[row], end_ids[0])
-                masked_BL[row] = False
-        rounds.settle(counts, ended)
-        yield Step(step, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL, given_back_BL, 2 * (step + 1))
+        if any(ended):
+            has_ended_B = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill(0, rows_R[torch.tensor(ended, device=device) > 0], True)
+            given_back_BL = masked_BL & has_ended_B[:, None]
+            masked_BL = masked_BL & ~given_back_BL
+            text_BL[:, :length] = text_BL[:, :length].masked_fill(given_back_BL, end_ids[0])
+        live = rounds.settle(counts, ended)
+        yield Step(step, text_BL[:, :length].clone(), masked_BL, committed_BL, confidence_BL[:, :length], given_back_BL, step + 1)
+        if live:
+            if len(live) < len(counts):
+                kept = torch.tensor(live, device=device)
+                next_logits_RKGV, accepted_R, last_R1, keys_R1, rows_R = (x[kept] for x in (next_logits_RKGV, accepted_R, last_R1, keys_R1, rows_R))
+            chosen_RGV = next_logits_RKGV[torch.arange(len(live), device=device), accepted_R]
+            if hot:
+                first_RG = last_R1 + accepted_R[:, None] + 2 + torch.arange(draft_length, device=device)
+                next_positions_RG = canvas.positions_BL[rows_R].gather(1, first_RG.clamp(max=length - 1))
+                q_RGV = _distributions(chosen_RGV, how)
+                drafts_RG = _draw(q_RGV, keys_R1.expand_as(next_positions_RG), next_positions_RG, step, seed)
+            else:
+                drafts_RG = chosen_RGV.argmax(dim=-1)
         step += 1
 
 
 class _Rounds:
-    """Where the rows stand, and their two forwards. last: the column of each row's last settled token."""
+    """Where the rows stand, and their forwards. last: the column of each row's last settled token. num_stored: columns left of it are
+    clean and stored."""
 
-    def __init__(self, predictor: WindowPredictor, canvas: Canvas, draft_length: int):
-        self.predictor, self.draft_length = predictor, draft_length
-        self.length, self.device = canvas.tokens_BL.shape[1], canvas.tokens_BL.device
+    def __init__(self, predictor: WindowPredictor, canvas: Canvas, draft_length: int, banned_ids: Sequence[int]):
+        self.predictor, self.draft_length, self.banned_ids = predictor, draft_length, banned_ids
+        self.lag = int(predictor.alignment == "shift")
+        self.device, self.length = canvas.tokens_BL.device, canvas.tokens_BL.shape[1]
+        self.positions_BL = canvas.positions_BL
         self.begins = row_begins(canvas)
         self.ends = [begin + count for begin, count in zip(self.begins, row_lengths(canvas), strict=True)]
         places = masked_places(canvas.masked_BL)
         self.last = [(masked[0] if masked else end) - 1 for masked, end in zip(places, self.ends, strict=True)]
         self.num_stored = list(self.begins)
         self.rows = [row for row, masked in enumerate(places) if masked]
-        self.windows = Windows(predictor, canvas, predictor.new_store(len(places), self.length))
-        if len(self.rows) < len(places):
-            self.windows.store.keep_rows(torch.tensor(self.rows, device=self.device))
+        # Behind the canvas there is room for the drafted tokens and for a block of masks for each outcome.
+        self.nowhere = self.length + draft_length + 1 + (draft_length + 1) ** 2
+        self.store = predictor.new_store(len(self.rows), self.nowhere)
+        self.shape, self.shaped = None, None
 
-    def last_of_rows(self) -> list[int]:
-        return [self.last[row] for row in self.rows]
+    def standing(self) -> torch.Tensor:
+        """(last_R1, room_R1, rows_R1): the last settled column of each open row, the columns behind it, which row it is."""
+        return torch.tensor([[self.last[row], self.ends[row] - 1 - self.last[row], row] for row in self.rows], device=self.device).T[..., None]
 
-    def room(self) -> list[int]:
-        return [self.ends[row] - 1 - self.last[row] for row in self.rows]
+    def forward(
+        self, text_BL: torch.Tensor, drafts_RG: torch.Tensor | None, last_R1: torch.Tensor, room_R1: torch.Tensor, rows_R1: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits_RGV of the drafted tokens and of the one behind them, by the causal pass; logits_RKGV of the G tokens that would be
+        drafted next for each outcome), banned. Columns: the text that is not stored yet, the drafts, then a block for each outcome."""
+        drafted = 0 if drafts_RG is None else self.draft_length
+        num_clean = max(self.last[row] - self.num_stored[row] for row in self.rows) + 1 + drafted
+        if self.shape != (num_clean, drafted):
+            self.shape, self.shaped = (num_clean, drafted), self._shape(num_clean, drafted)
+        columns_Q, slots_Q, limits_Q, own_Q, own_ends_Q, is_mask_Q, kept_N, real_Q = self.shaped
+        if drafts_RG is not None:
+            text_BL = text_BL.index_put((rows_R1, last_R1 + 1 + torch.arange(drafted, device=self.device)), drafts_RG)
+        columns_RQ = last_R1 + columns_Q
+        tokens_RQ = text_BL[rows_R1, columns_RQ.clamp(0, text_BL.shape[1] - 1)].masked_fill(is_mask_Q, self.predictor.mask_token_id)
+        # Behind a row's end stands its last position: some models have no further ones, and a row must be what it is alone.
+        positions_RQ = self.positions_BL[rows_R1, torch.minimum(columns_RQ, last_R1 + room_R1).clamp(min=0)]
+        slots_RQ = last_R1 + slots_Q
+        num_keys = max(self.last[row] for row in self.rows) + 1 + int(real_Q.shape[0]) - num_clean + drafted
+        key_K = torch.arange(num_keys, device=self.device)
+        limits_RQ1, own_RQ1, own_ends_RQ1 = ((last_R1 + x)[..., None] for x in (limits_Q, own_Q, own_ends_Q))
+        seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
+        ragged = any(self.num_stored[row] != self.last[row] for row in self.rows)
+        if ragged:  # the first forward: rows with shorter prompts have nothing in the first columns
+            stored_R1 = torch.tensor([[self.num_stored[row]] for row in self.rows], device=self.device)
+            slots_RQ = slots_RQ.masked_fill((columns_RQ < stored_R1) & real_Q, self.nowhere)
+            # Their queries stand for nothing, and softmax wants a key.
+            limits_RQ1 = torch.maximum(limits_RQ1, stored_R1[..., None])
+            seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
+        if any(self.begins):
+            begins_R11 = torch.tensor([self.begins[row] for row in self.rows], device=self.device)[:, None, None]
+            seen_RQK = seen_RQK & (key_K >= begins_R11)
+        kept_RN = kept_N.expand(len(self.rows), -1)
+        logits_RNV = self.predictor.forward_columns(tokens_RQ, positions_RQ, kept_RN, seen_RQK, num_keys, self.store, slots_RQ, None)
+        logits_RNV = ban(logits_RNV.flatten(0, 1), self.predictor.mask_token_id, self.predictor.vocab_size, self.banned_ids).view(logits_RNV.shape)
+        return logits_RNV[:, : drafted + 1], logits_RNV[:, drafted + 1 :].unflatten(1, (drafted + 1, self.draft_length))
 
-    def num_drafted(self) -> list[int]:
-        return [min(self.draft_length, room) for room in self.room()]
+    def _shape(self, num_clean: int, drafted: int) -> tuple[torch.Tensor, ...]:
+        """What does not change from round to round, relative to the last settled column: of each query its column, its slot, up to where
+        it sees clean columns, and the slots of its own block; which queries are masks, which are read, which are clean."""
+        width = self.draft_length + 1
+        clean_C = torch.arange(num_clean) - (num_clean - 1 - drafted)
+        outcome_W, at_W = (x.flatten() for x in torch.meshgrid(torch.arange(drafted + 1), torch.arange(width), indexing="ij"))
+        # In a drafting block under shift the first column repeats d_k; everything else is a mask.
+        drafting_W = outcome_W + 1 - self.lag + at_W
+        slots_W = 1 + drafted + torch.arange(len(at_W))
+        nothing_C, own_W = torch.full_like(clean_C, 1 << 40), 1 + drafted + outcome_W * width
+        own_ends_W = slots_W + 1 if self.predictor.attention == "causal_in_block" else own_W + width
+        is_mask_W = ~((at_W == 0) & bool(self.lag))
+        read = [*range(num_clean - 1 - drafted, num_clean), *(num_clean + i for i in range(len(at_W)) if i % width)]
+        pairs = (
+            (clean_C, drafting_W), (clean_C, slots_W), (clean_C, outcome_W - self.lag), (nothing_C, own_W), (nothing_C, own_ends_W),
+            (torch.zeros_like(clean_C, dtype=torch.bool), is_mask_W),
+        )  # fmt: skip
+        real_Q = torch.cat([torch.ones_like(clean_C, dtype=torch.bool), torch.zeros_like(is_mask_W)])
+        return tuple(x.to(self.device) for x in (*(torch.cat(pair) for pair in pairs), torch.tensor(read), real_Q))
 
-    def draft(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """logits_RGV of the masks behind each row's last token, G = draft_length; 0 behind the end of a row."""
-        counts = self.num_drafted()
-        first_noised = [self.last[row] + (0 if self.predictor.alignment == "shift" else 1) for row in self.rows]
-        windows = [(self.num_stored[row], self.last[row] + 1 + count) for row, count in zip(self.rows, counts, strict=True)]
-        rule = (self.predictor.attention, self.draft_length + 1, first_noised, first_noised)
-        logits_RGV = self._read(windows, rule, tokens_BL, counts, self.draft_length, self.predictor.alignment)
-        for row, noised in zip(self.rows, first_noised, strict=True):
-            self.num_stored[row] = min(noised, self.last[row])
-        return logits_RGV
-
-    def verify(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """logits_RGV of the drafted tokens and of the one behind them, G = draft_length + 1, by the causal pass."""
-        counts = [min(self.draft_length + 1, room) for room in self.room()]
-        windows = [(self.last[row], self.last[row] + 1 + drafted) for row, drafted in zip(self.rows, self.num_drafted(), strict=True)]
-        nowhere = [self.length] * len(self.rows)
-        rule = ("causal_in_block", 1, nowhere, nowhere)
-        return self._read(windows, rule, tokens_BL, counts, self.draft_length + 1, "shift")
-
-    def _read(self, windows, rule, tokens_BL, counts: list[int], width: int, alignment: str) -> torch.Tensor:
-        wanted_BL = torch.zeros(tokens_BL.shape, dtype=torch.bool)
-        all_counts = [0] * tokens_BL.shape[0]
-        for row, count in zip(self.rows, counts, strict=True):
-            wanted_BL[row, self.last[row] + 1 : self.last[row] + 1 + count] = True
-            all_counts[row] = count
-        reading_BL = predicting_positions(wanted_BL, alignment).to(self.device)
-        logits_NV = self.windows.forward(self.rows, windows, [end for _, end in windows], rule, tokens_BL, reading_BL, all_counts)
-        places = [place * width + at for place, count in enumerate(counts) for at in range(count)]
-        logits_MV = logits_NV.new_zeros(len(counts) * width, logits_NV.shape[1])
-        logits_MV[torch.tensor(places, device=self.device)] = logits_NV
-        return logits_MV.view(len(counts), width, -1)
-
-    def settle(self, counts: list[int], ended: list[int]) -> None:
-        """Move on by the settled tokens. The keys up to the accepted ones are those of the verifying forward: clean."""
+    def settle(self, counts: list[int], ended: list[int]) -> list[int]:
+        """Move on by the settled tokens, the last of which is not stored yet. Returns the places of the rows that are still open."""
         live = []
         for place, (row, count, is_ended) in enumerate(zip(self.rows, counts, ended, strict=True)):
             self.last[row] += count
@@ -214,32 +263,24 @@ class _Rounds:
             if not is_ended and self.last[row] + 1 < self.ends[row]:
                 live.append(place)
         if len(live) < len(self.rows) and live:
-            self.windows.store.keep_rows(torch.tensor(live, device=self.device))
+            self.store.keep_rows(torch.tensor(live, device=self.device))
         self.rows = [self.rows[place] for place in live]
+        return live
 
 
-def _distributions(logits_RGV: torch.Tensor, predictor: WindowPredictor, banned_ids: Sequence[int], how: dict) -> torch.Tensor:
-    """p_RGV in double precision, after ban, temperature and filters; temperature 0 puts everything on the most probable token."""
-    rows, places, vocabulary = logits_RGV.shape
-    logits_NV = ban(logits_RGV.flatten(0, 1), predictor.mask_token_id, predictor.vocab_size, banned_ids)
-    if how["temperature"] == 0:
-        p_NV = one_hot(logits_NV.argmax(dim=-1), vocabulary).to(torch.float32)
-    else:
-        p_NV = torch.softmax(apply_filters(logits_NV, how["temperature"], how["top_p"], how["top_k"]).to(torch.float64), dim=-1)
-    return p_NV.view(rows, places, vocabulary)
+def _distributions(logits_RGV: torch.Tensor, how: dict) -> torch.Tensor:
+    """p_RGV in double precision, of banned logits after temperature and filters."""
+    kept_NV = apply_filters(logits_RGV.flatten(0, 1), how["temperature"], how["top_p"], how["top_k"])
+    return torch.softmax(kept_NV.to(torch.float64), dim=-1).view(logits_RGV.shape)
 
 
-def _draw(q_RGV: torch.Tensor, keys_RG: torch.Tensor, positions_RG: torch.Tensor, step: int, how: dict) -> torch.Tensor:
+def _draw(q_RGV: torch.Tensor, keys_RG: torch.Tensor, positions_RG: torch.Tensor, step: int, seed: int) -> torch.Tensor:
     """One draw from each distribution."""
-    if how["temperature"] == 0:
-        return q_RGV.argmax(dim=-1)
-    plain = {"temperature": 1.0, "top_p": None, "top_k": None, "seed": how["seed"]}
+    plain = {"temperature": 1.0, "top_p": None, "top_k": None, "seed": seed}
     return draw_tokens(q_RGV.flatten(0, 1).log(), keys_RG.flatten(), positions_RG.flatten(), step=step, **plain).view(keys_RG.shape)
 
 
-def _categorical(p_RV: torch.Tensor, keys_R: torch.Tensor, positions_R: torch.Tensor, step: int, how: dict) -> torch.Tensor:
-    if how["temperature"] == 0:
-        return p_RV.argmax(dim=-1)
+def _categorical(p_RV: torch.Tensor, keys_R1: torch.Tensor, positions_R1: torch.Tensor, step: int, seed: int) -> torch.Tensor:
     ids_V = torch.arange(p_RV.shape[1], device=p_RV.device)
-    noise_RV = counter_gumbel(SAMPLE_TOKEN, how["seed"], keys_R[:, None], step, positions_R[:, None], ids_V, _REPLACE)
+    noise_RV = counter_gumbel(SAMPLE_TOKEN, seed, keys_R1, step, positions_R1, ids_V, _REPLACE)
     return (p_RV.to(noise_RV.dtype).log() + noise_RV).argmax(dim=-1)

@@ -163,6 +163,8 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config, dist_init_required=False)
         if self.zero_stage == 3:
             _announce_trained_rows(denoiser)
+        if self.zero_stage == 0 and ranks.count == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
         if precision == "fp16":
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop decides when to stop
         self.overflowed = False

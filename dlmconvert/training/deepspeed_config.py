@@ -43,6 +43,8 @@ def derived_config(
 ) -> dict[str, Any]:
     """What the recipe says, in DeepSpeed's words. num_micro_batches: of one rank in one step."""
     zero: dict[str, Any] = {"stage": zero_stage}
+    if num_ranks == 1 and zero_stage in (1, 2):
+        zero["contiguous_gradients"] = False  # a copy into the buffer from which gradients are sent to others
     for key, place in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
         if place != "none":
             zero[key] = {"device": place} | ({"nvme_path": nvme} if place == "nvme" else {})

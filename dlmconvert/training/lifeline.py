@@ -30,6 +30,7 @@ JOIN_SECONDS = 600.0  # machines of a cluster do not start together
 LEAVE_SECONDS = {EXIT_SAVED_RUN_AGAIN: 60.0}  # what a rank gets to leave by itself once it is known that the run ends
 LEAVE_AFTER_FAILURE = 10.0
 BETTER_NEWS_SECONDS = 3.0  # a rank that only lost a peer waits so long for the one that knows why
+LATECOMERS_SECONDS = 20.0  # rank 0 fails before the others have come: it stays to tell them
 FAREWELL_SECONDS = 2.0
 KEEP_ALIVE = (10, 5, 4)  # a machine that has gone is noticed after 10 + 4 * 5 seconds of silence
 AGAIN = "the same command continues from the newest checkpoint"
@@ -107,6 +108,11 @@ class _Peer:
     parted: bool = False  # has said bye, or why it failed: that it goes is no news
     closed: bool = False
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the rank is on this machine."""
+        return self.socket.getsockname()[0] == self.socket.getpeername()[0]
+
 
 class Hub(_Line):
     """Rank 0's end. `address` says where the others reach it; `own_address` (after `gather`) where its machine is in their network."""
@@ -155,12 +161,10 @@ class Hub(_Line):
                     raise Told(refused)
         self.check()
         for peer in self._peers.values():
-            ours, theirs = peer.socket.getsockname()[0], peer.socket.getpeername()[0]
-            if ours != theirs:
-                self.own_address = ours
+            if not peer.is_here:
+                self.own_address = _plain(peer.socket.getsockname()[0])
         for peer in self._peers.values():
-            same_machine = peer.socket.getsockname()[0] == peer.socket.getpeername()[0]
-            self._broadcast({"welcome": self.own_address if same_machine else ""}, [peer])
+            self._broadcast({"welcome": self.own_address if peer.is_here else ""}, [peer])
 
     def order(self, what: dict[str, Any]) -> None:
         self._broadcast({"order": what})
@@ -169,6 +173,7 @@ class Hub(_Line):
         """This rank cannot go on: the others hear it. Returns what is to be told: the first cause, wherever it was."""
         if self._news is None and outcome.lost_peer:
             self._wait(lambda: self._news, BETTER_NEWS_SECONDS + 1)
+        self._wait(lambda: self._news or len(self._peers) == self.count - 1, LATECOMERS_SECONDS)
         cause = self._cause(outcome)
         if self._news is None:
             self._broadcast({"abort": asdict(replace(cause, lost_peer=True, told=True))})
@@ -302,7 +307,7 @@ class Spoke(_Line):
         self._socket.settimeout(None)
         _keep_alive(self._socket)
         self._orders: queue.SimpleQueue = queue.SimpleQueue()
-        self.own_address = self._socket.getsockname()[0]
+        self.own_address = _plain(self._socket.getsockname()[0])
         self._welcome = self._heard = self._ended = False
         self._say({"hello": {"rank": rank, "token": token, "host": socket.gethostname(), "about": about}})
         threading.Thread(target=self._listen, daemon=True).start()
@@ -378,6 +383,11 @@ class Spoke(_Line):
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address as such, also when it came over a socket for both kinds."""
+    return address.removeprefix("::ffff:")
 
 
 def _keep_alive(connection: socket.socket) -> None:

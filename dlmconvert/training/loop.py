@@ -16,6 +16,7 @@ import torch
 from dlmconvert.diffusion.attention import AttentionContext
 from dlmconvert.diffusion.schedules import open_share
 from dlmconvert.errors import SavedAndLeft, UserError
+from dlmconvert.training.bands import BandSearch
 from dlmconvert.training.checkpoint import CheckpointFolder
 from dlmconvert.training.engine import SingleDeviceEngine
 from dlmconvert.training.losses import LoopSettings, ar_weight_at, batch_loss, context_of
@@ -54,17 +55,20 @@ def train(
     speed: Speed | None = None,
     reproduce: str = "dlmconvert replay RUN {step}",
     section: str = "train",
+    search: BandSearch | None = None,
 ) -> None:
     """Run to `settings.steps`, from the newest checkpoint when there is one.
 
     identity: hash of everything that the numbers depend on; a checkpoint of another identity is refused. reproduce: the command that
-    runs one step alone, with `{step}` in it. section: of the recipe, for messages.
+    runs one step alone, with `{step}` in it. section: of the recipe, for messages. search: sets the stream's band of noise levels anew.
     Raises SavedAndLeft after a signal, UserError when too many steps in a row are not finite, or on a full disk.
     """
     ranks, speed = engine.ranks, speed or Speed()
     if ranks.rank == 0:
         checkpoints.clear_unfinished()
-    left_out, balance = resume(engine, checkpoints, metrics, identity)
+    left_out, balance, band = resume(engine, checkpoints, metrics, identity)
+    if search is not None and band is not None:
+        stream.band = tuple(band)
     saving = Saving(checkpoints, ranks, settings.overlap_saving)
     last_save, is_due = time.monotonic(), False
     try:
@@ -115,11 +119,17 @@ def train(
                 engine.denoiser.eval()
                 metrics.write({"step": done, **{f"validation_{name}": value for name, value in validate().items()}})
                 engine.denoiser.train()
+            if search is not None and done % search.every == 0 and done < settings.steps:
+                engine.denoiser.eval()
+                found = search.look(engine, settings, done)
+                engine.denoiser.train()
+                stream.band = found["band_low"], found["band_high"]
+                metrics.write({"step": done, **found})
             leaves = stops or done == settings.steps
             # While steps are left out nothing new is saved: the checkpoints from before stay.
             is_due = is_due or saves or done % settings.save_steps == 0
             if leaves or (is_due and not left_out.in_a_row):
-                saving.begin(engine, done, {"identity": identity, "metrics": metrics.state(), "left_out": left_out.to_dict(), "balance": balance})
+                saving.begin(engine, done, {"identity": identity, "metrics": metrics.state(), "left_out": left_out.to_dict(), "balance": balance, "band": search and stream.band})
                 last_save, is_due = time.monotonic(), False
             if leaves:
                 saving.finish()
@@ -192,15 +202,15 @@ def broken_micro_batches(engine: SingleDeviceEngine, stream: Stream, settings: L
     ]
 
 
-def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: Metrics, identity: str) -> tuple[LeftOut, float | None]:
+def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: Metrics, identity: str) -> tuple[LeftOut, float | None, Any]:
     """Take up the newest whole checkpoint, or start from nothing (and forget lines of a run that never saved).
 
-    Returns what was left out before, and the balance of the two losses at the last step.
+    Returns what was left out before, the balance of the two losses at the last step, and the band of noise levels that a search had found.
     """
     checkpoint = engine.newest(checkpoints)
     if checkpoint is None:
         metrics.resume({"sums": {}, "num_steps": 0}, 0)
-        return LeftOut(), None
+        return LeftOut(), None, None
     if checkpoint.state["identity"] != identity:
         raise UserError(
             f"{checkpoints.folder} belongs to another recipe, model or text than the one asked for",
@@ -209,4 +219,4 @@ def resume(engine: SingleDeviceEngine, checkpoints: CheckpointFolder, metrics: M
         )
     engine.restore(checkpoints, checkpoint)
     metrics.resume(checkpoint.state["metrics"], checkpoint.step)
-    return LeftOut(**checkpoint.state.get("left_out", {})), checkpoint.state.get("balance")
+    return LeftOut(**checkpoint.state.get("left_out", {})), checkpoint.state.get("balance"), checkpoint.state.get("band")

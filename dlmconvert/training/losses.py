@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from dlmconvert.backbone.extras import Extras, balance_coefficient
+from dlmconvert.diffusion import gidd
+from dlmconvert.diffusion.alignment import predictable
 from dlmconvert.diffusion.attention import CAUSAL, AttentionContext
 from dlmconvert.diffusion.objective import denoising_loss, token_weights
-from dlmconvert.diffusion.alignment import predictable
 from dlmconvert.diffusion.schedules import attention_at, block_length_at
 from dlmconvert.diffusion.streams import block_numbers
 from dlmconvert.training.engine import SingleDeviceEngine, batch_to
 from dlmconvert.training.optimizer import learning_rate
+from dlmconvert.training.terms import add_source, embedding_noise, gidd_mixture, gidd_score, real_positions
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class LoopSettings:
 
     causal: the AR objective (no annealing). anneal_steps: 1 opens everything at once. anneal: the path there, which for `window`
     depends on the row_length. cart_p: of weight `cart` only. pattern, block_stages: of block models, see `schedules.block_length_at`.
-    ar_weight, ar_schedule: of the next-token loss on the clean copy, see `ar_weight_at`. skip_nonfinite: steps in a row that may be left out because something is
+    ar_weight, ar_schedule: of the next-token loss on the clean copy, see `ar_weight_at`. corruption: its kind; uniform_share: of `gidd`.
+    alignment_weight, teacher_kl: of the comparison with the frozen source. router_weight: of the balance loss of experts, None for the source's own.
+    embedding_noise:
+    its standard deviation in the first embedding_noise_steps. skip_nonfinite: steps in a row that may be left out because something is
     not finite. overlap_saving: checkpoints are written while training goes on.
     """
 
@@ -49,6 +55,13 @@ class LoopSettings:
     block_stages: tuple[tuple[int, int], ...] = ()
     ar_weight: float = 0.0
     ar_schedule: str = "fixed"
+    corruption: str = "masking"
+    uniform_share: float = 0.1
+    alignment_weight: float = 0.0
+    teacher_kl: float = 0.0
+    router_weight: float | None = 0.0
+    embedding_noise: float = 0.0
+    embedding_noise_steps: int = 0
     skip_nonfinite: int = 0
     overlap_saving: bool = False
 
@@ -105,14 +118,20 @@ def batch_loss(
     In a block model under `shift` the first tokens of blocks are targets with weight 1 (streams.py). ar_weight: what the next-token
     loss on the clean copy, divided by the eligible tokens, is added with.
     """
-    x_0_BL, x_t_BL, masked_BL, t_BL, positions_BL, segments_BL, starts_BL = batch_to(
-        engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.t_BL, batch.positions_BL, batch.segments_BL, batch.starts_BL
-    )
+    x_0_BL, x_t_BL, masked_BL, t_BL, positions_BL, segments_BL, starts_BL, eligible_BL, x_edit_BL = batch_to(
+        engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.t_BL, batch.positions_BL, batch.segments_BL, batch.starts_BL,
+        batch.eligible_BL, batch.x_edit_BL,
+    )  # fmt: skip
+    denoiser = engine.denoiser
     if segments_BL is not None:
         context = replace(context, segments_BL=segments_BL)
-    weights_N = token_weights(t_BL, masked_BL, settings.weight, segments_BL, settings.cart_p)
-    num_masked = weights_N.numel()
-    num_targets = num_masked + (0 if starts_BL is None else int(starts_BL.sum()))
+    x_0_N, mixture = x_0_BL[masked_BL], None
+    if settings.corruption == "gidd":
+        mixture, seen = gidd_mixture(settings, denoiser), (x_t_BL[masked_BL], x_0_N, t_BL[masked_BL])
+        weights_N = gidd.training_weights(*seen, mixture, denoiser.mask_token_id, settings.weight)
+    else:
+        weights_N = token_weights(t_BL, masked_BL, settings.weight, segments_BL, settings.cart_p)
+    num_targets = weights_N.numel() + (0 if starts_BL is None else int(starts_BL.sum()))
     if settings.normaliser == "masked_micro_batch":
         normaliser = float(max(1, num_targets) * num_micro_batches)
     elif settings.normaliser == "masked":
@@ -120,18 +139,52 @@ def batch_loss(
         normaliser = float(max(1, num_masked_global))
     else:
         normaliser = float(num_eligible)
+    weights_N = weights_N / normaliser
+
+    router_weight = balance_coefficient(denoiser.model) if settings.router_weight is None else settings.router_weight
+    extras = Extras(balance_weight=router_weight / num_micro_batches)
+    if router_weight:
+        extras.real_BS = real_positions(segments_BL, eligible_BL, 2 if context.has_two_streams else 1)
+    if batch.step < settings.embedding_noise_steps:
+        masks_BL = masked_BL & (x_t_BL == denoiser.mask_token_id)
+        width = denoiser.model.get_input_embeddings().embedding_dim
+        extras.noise_ND, extras.noised_BS = embedding_noise(settings, context, batch.step, batch.row_ids, masks_BL, width)
+    if settings.alignment_weight or settings.teacher_kl:
+        add_source(extras, settings, denoiser, x_0_BL, positions_BL, segments_BL, masked_BL, eligible_BL, weights_N, num_eligible)
+    if mixture is not None:
+        extras.score = gidd_score(mixture, x_0_N, *seen[::2], weights_N, denoiser.mask_token_id, denoiser.vocab_size)
+
     if context.has_two_streams:
-        return _two_stream_loss(
-            engine, context, (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, batch.eligible_BL.to(engine.device)),
-            weights_N / normaliser, t_BL, normaliser, num_eligible, ar_weight,
+        loss, sums = _two_stream_loss(
+            engine, context, (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, eligible_BL), weights_N, t_BL, normaliser,
+            num_eligible, ar_weight, extras,
         )  # fmt: skip
+    else:
+        with engine.autocast():
+            loss, values = denoiser(x_t_BL, masked_BL, positions_BL, context, weights_N, x_0_N, extras=extras)
+        with torch.no_grad():
+            if mixture is not None:
+                divergence_N, ce_N = values
+                elbo_N, is_mask_N = gidd.elbo_weights(*seen, mixture, denoiser.mask_token_id), seen[0] == denoiser.mask_token_id
+            else:
+                ce_N = divergence_N = values if values.ndim == 1 else values[0]
+                elbo_N, is_mask_N = token_weights(t_BL, masked_BL, "elbo"), torch.ones_like(x_0_N, dtype=torch.bool)
+            nelbo = denoising_loss(divergence_N, elbo_N, float(num_eligible))
+            found = torch.stack([loss.detach(), nelbo, (ce_N * is_mask_N).sum(), is_mask_N.sum()]).tolist()
+        sums = dict(zip(("loss", "nelbo", "ce_sum", "masked"), found, strict=True))
+        if settings.teacher_kl:
+            sums["teacher_kl"] = float(values[1].sum()) / num_eligible
+    sums |= {name: float(value) for name, value in extras.found.items()}
+    if router_weight:
+        sums["router_balance"] /= num_micro_batches
+    if x_edit_BL is None:
+        return loss, sums
+    # Edits (Seed Diffusion, arXiv 2508.02193): every token of a row with some wrong ones is asked for, the right ones too.
+    weights_N = torch.full((int(eligible_BL.sum()),), 1 / num_eligible, device=engine.device)
     with engine.autocast():
-        loss, ce_N = engine.denoiser(x_t_BL, masked_BL, positions_BL, context, weights_N / normaliser, x_0_BL[masked_BL])
-    with torch.no_grad():
-        elbo_N = token_weights(t_BL, masked_BL, "elbo") if settings.weight != "elbo" else weights_N
-        nelbo = denoising_loss(ce_N, elbo_N, float(num_eligible))
-        values = torch.stack([loss.detach(), nelbo, ce_N.sum()]).tolist()
-    return loss, {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(num_masked)}
+        edit_loss, _ = denoiser(x_edit_BL, eligible_BL, positions_BL, context, weights_N, x_0_BL[eligible_BL])
+    sums["edit_loss"] = float(edit_loss.detach())
+    return loss + edit_loss, sums | {"loss": sums["loss"] + sums["edit_loss"]}
 
 
 def _two_stream_loss(
@@ -144,6 +197,7 @@ def _two_stream_loss(
     normaliser: float,
     num_eligible: int,
     ar_weight: float,
+    extras: Extras,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """rows: x_0_BL, x_t_BL, positions_BL. targets: masked_BL, starts_BL, eligible_BL. weights_N: of the masked ones, normalised.
 
@@ -161,7 +215,7 @@ def _two_stream_loss(
     with engine.autocast():
         loss, ce_N = engine.denoiser(
             x_t_BL, masked_BL, positions_BL, context, torch.cat([weights_BL, clean_weights_BL], dim=1)[chosen_BS],
-            torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS], x_0_BL, clean_BL,
+            torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS], x_0_BL, clean_BL, extras,
         )  # fmt: skip
     with torch.no_grad():
         ce_BL, clean_ce_BL = torch.zeros(chosen_BS.shape, device=ce_N.device).masked_scatter(chosen_BS, ce_N).chunk(2, dim=1)

@@ -90,10 +90,21 @@ def test_a_list_of_ones_own_and_answers(folders, tmp_path):
     assert all(0 <= s["accuracy"] <= 1 and s["nats_per_token"] is None for s in found["samplers"]), "without a source only the answers judge"
     again = json.loads(works(*how, "--samplers", tmp_path / "list.txt").out)
     assert [s["name"] for s in again["samplers"]] == [s["name"] for s in found["samplers"]]
+    batched = json.loads(works(*how, "--samplers", tmp_path / "list.txt", "--batch", 3).out)
+    assert [s["distinct_1"] for s in batched["samplers"]] == [s["distinct_1"] for s in found["samplers"]], "texts do not depend on the batch"
     inline = json.loads(works(*how, "--samplers", "threshold=0.5,order=left_to_right+steps=4+temperature=1").out)
     for other in (again, inline):
         assert [s["settings"] for s in other["samplers"]] == [s["settings"] for s in found["samplers"]]
         assert [s["distinct_1"] for s in other["samplers"]] == [s["distinct_1"] for s in found["samplers"]], "the same seed makes the same texts"
+
+
+def test_block_models_draft_and_keep_their_keys(folders, tmp_path):
+    model = write_folder(tmp_path / "blocks", converted=True, attention="context_causal", block_length=2)
+    how = ("bench", model, "--prompts", folders / "prompts.txt", "--new-tokens", NEW, "--repeats", 1, "--json", "--samplers")
+    drafted, stored, plain = json.loads(works(*how, "draft_length=2,threshold=0.9+cache=block,threshold=0.9+cache=none").out)["samplers"]
+    assert all(sampler["num_tokens"] == 3 * NEW for sampler in (drafted, stored, plain))
+    assert stored["distinct_1"] == plain["distinct_1"] and stored["nfe"] == plain["nfe"]
+    assert "cache=dual" in fails(2, *how, "cache=dual")
 
 
 def test_what_was_tuned_is_what_sample_and_transformers_use(folders, tmp_path, monkeypatch):

@@ -51,6 +51,13 @@ def test_variants_are_trained_as_if_alone_and_tabulated(place, tiny_checkpoints)
     assert (FOLDER / "compare.png").read_bytes()[:4] == b"\x89PNG" and "<table>" in Path("page.html").read_text()
     assert len([path for path in (FOLDER / ".tokens").iterdir() if path.is_dir()]) >= 1
 
+    for row in data["variants"]:
+        kept = row["retention"]
+        assert kept["nats_before"] == pytest.approx(row["source"]["nats_per_token"], abs=1e-5) and kept["weight_drift"] > 0
+        assert 0 < kept["acceptance"] < 1 and f"{kept['nats_after']:.3f}" in told.out and f"{kept['acceptance']:.1%}" in told.out
+        assert kept["sentence"] in Path("page.html").read_text() and (FOLDER / row["variant"] / "plots/retention.png").is_file()
+    assert last["retention"]["nats_after"] == pytest.approx(last["after"]["nats_per_token"], abs=1e-5), "an AR variant is scored on its causal path anyway"
+
     works("adapt", gpt2, *SMALL, "name=alone", "method.name=dream", "train.schedule=cosine")
     assert curve(Path("runs/alone/adapt")) == curve(FOLDER / names[0] / "adapt")
 
@@ -75,8 +82,15 @@ def test_it_continues_where_it_stopped(place, tiny_checkpoints, monkeypatch):
         patch.setattr(compare, "run_stages", stopped)
         told = dlmconvert(*words)
         assert told.code == 75 and "the same command continues" in told.text
-    told = works(*words)
+    told = works(*words, "--no-retention")
     assert "llada: done before" in told.err and "dream: run folder" in told.err
+    assert "accepted" not in told.out and not (FOLDER / "dream/retention.json").exists()
+    told = works(*words)
+    assert "done already" not in told.out and "accepted" in told.out and "(2/2) dream: what is left" in told.err
+    (FOLDER / "dream/retention.json").unlink()
+    assert "(1/1) dream: what is left" in works(*words).err, "what is measured is kept"
+    told = works(*words)
+    assert "done already" in told.out and "what is left" not in told.err
 
     text = fails(2, *words, "train.steps=9")
     assert "2 of 2 variants" in text and "train.steps: 8 -> 9" in text and "name=OTHER" in text

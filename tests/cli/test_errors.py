@@ -116,14 +116,14 @@ def test_handlers_of_signals_are_put_back(place, tiny_checkpoints):
 def test_a_signal_in_the_last_step_is_not_swallowed(place, tiny_checkpoints, monkeypatch):
     from dlmconvert.training.checkpoint import CheckpointFolder
 
-    real = CheckpointFolder.save
+    real = CheckpointFolder.write
 
-    def save(self, checkpoint):
-        if checkpoint.step == 8:
+    def write(self, step, *rest):
+        if step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, checkpoint)
+        return real(self, step, *rest)
 
-    monkeypatch.setattr(CheckpointFolder, "save", save)
+    monkeypatch.setattr(CheckpointFolder, "write", write)
     assert dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL, "run.folder=runs/one").code == 75
     assert not Path("runs/one/adapt/model").exists()
     works("adapt", tiny_checkpoints["gpt2"], *SMALL, "run.folder=runs/one")

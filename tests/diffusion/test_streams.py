@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import build, denoiser, known_answers
 
-from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowed_matrix
+from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowed_matrix, realise
 from dlmconvert.diffusion.block_attention import sees_at_inference
 from dlmconvert.diffusion.likelihood import block_nelbo_draw
 from dlmconvert.diffusion.objective import cross_entropy
@@ -51,6 +53,24 @@ def test_blocks_of_documents_are_those_of_the_documents_alone(pattern):
         expected[places[:, None], places] = alone
         first += n
     assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("pattern", TWO_STREAMS)
+def test_a_flex_attention_mask_attends_as_a_dense_one(pattern, isolated):
+    """The BlockMask and the matrix of one pattern in torch's own kernels, forward, on the CPU; 2L is no multiple of its tiles."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    length = 75
+    context = AttentionContext(pattern=pattern, block_length=8, length=length)
+    if isolated:
+        segments_BL = (torch.arange(length) >= torch.tensor([[30], [41]])).long()
+        positions_BL = torch.arange(length) - segments_BL * torch.tensor([[30], [41]])
+        context = replace(context, segments_BL=segments_BL, blocks_BL=block_numbers(positions_BL, 8))
+    q, k, v = torch.randn(3, 2, 2, 2 * length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    flex, dense = (realise(context, 2 * length, kind, torch.float32, "cpu").mask for kind in ("flex_attention", "sdpa"))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=flex), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

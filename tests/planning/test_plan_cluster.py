@@ -172,3 +172,18 @@ def test_one_engine_setting_for_all_stages():
     options = {stage.name: stage.options for stage in plan.stages}
     only = {name: [dataclasses.replace(o, fits=o.engine.stage == number) for o in found] for number, (name, found) in enumerate(options.items())}
     assert recommended(only, plan.stages[0].setting) is None
+
+
+def test_what_a_method_adds_is_paid_for():
+    """A frozen source beside the model takes its weights; training on edits goes through two forwards; GIDD predicts every token."""
+    what = ["engine.precision=bf16"]
+
+    def stage(*words):
+        return plan_recipe(load_recipe("tiny", [*what, *words]), gpu="l4", processes=2, targets=["adapt"]).stages[-1]
+
+    plain, taught, edited = stage(), stage("method.objective.teacher_kl=0.1"), stage("method.corruption.edit_share=0.1", "method.corruption.edit_steps=0.5")
+    gidd = stage("method.corruption.kind=gidd", "method.objective.weight=gidd_clamped")
+    parameters = plain.num_trainable
+    assert taught.memory.weights - plain.memory.weights == 2 * parameters and taught.recomputed_flops > plain.recomputed_flops and taught.flops == plain.flops
+    assert edited.memory.activations == 2 * plain.memory.activations and 1.5 < edited.flops / plain.flops < 1.65
+    assert gidd.flops > plain.flops

@@ -8,6 +8,7 @@ import torch
 from tiny_decoders import MASK, denoiser_of
 from tiny_predictors import vectors
 
+from dlmconvert.diffusion.attention import AttentionContext, allowed_matrix
 from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise
@@ -33,6 +34,12 @@ def test_the_two_stream_mask_is_the_published_one():
         for pattern, name in (("block_causal", "mask_xt_x0"), ("causal_in_block", "mask_causal_in_block"), ("context_causal", "mask_context_causal")):
             if name in case["expected"]:
                 assert two_stream_mask(pattern, length, block).int().tolist() == case["expected"][name]
+
+
+@pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
+def test_training_uses_this_mask(pattern):
+    context = AttentionContext(pattern=pattern, block_length=BLOCK, length=LENGTH)
+    assert torch.equal(allowed_matrix(2 * LENGTH, context)[0, 0], two_stream_mask(pattern, LENGTH, BLOCK))
 
 
 @torch.no_grad()

@@ -157,6 +157,21 @@ def test_results_go_to_a_new_file(model_folder, tmp_path):
         run(*how)
 
 
+def test_ctrl_c_keeps_what_was_made(model_folder, tmp_path, monkeypatch):
+    calls, real = [], generate._fill
+
+    def fill(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(generate, "_fill", fill)
+    result = CliRunner().invoke(app, ["sample", str(model_folder), "--num-samples", "12", "--out", str(tmp_path / "out.jsonl")])
+    assert result.exit_code == 130 and "stopped; 8 of 12 results" in result.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 8
+
+
 @pytest.mark.parametrize("flags", [("--order", "left_to_right", "--steps", 6), ("--order", "entropy"), ("--revision", "p2", "--steps", 5)])
 def test_one_text_is_written_as_it_settles_and_comes_out_whole(model_folder, monkeypatch, flags):
     pieces = []
@@ -176,6 +191,22 @@ def test_one_text_is_written_as_it_settles_and_comes_out_whole(model_folder, mon
     two = run("sample", model_folder, "--prompt", "ab", "--num-samples", 2, "--temperature", 1).stdout
     assert [two] == ["\n\n".join(r["text"] for r in samples("sample", model_folder, "--prompt", "ab", "--num-samples", 2, "--temperature", 1)) + "\n"]
     assert run("infill", model_folder, "a[[MASK:2]]b[[MASK:1]]").stdout == samples("infill", model_folder, "a[[MASK:2]]b[[MASK:1]]")[0]["text"] + "\n"
+
+
+def test_a_helper_is_a_model_that_reads_from_the_left(model_folder):
+    # The same weights read causally: with the diffusion model's share at 0 the helper alone decides, left to right.
+    (result,) = samples("sample", model_folder, "--prompt", "ab", "--helper", model_folder, "--helper-weight", 0, "--temperature", 0)
+    from dlmconvert.backbone.load import load_denoiser
+
+    ar = load_denoiser(model_folder, device="cpu", attention="causal")
+    ids = ar.tokenizer.encode("ab")
+    for _ in range(6):
+        wanted_BL = torch.zeros(1, len(ids) + 1, dtype=torch.bool)
+        wanted_BL[0, -1] = True
+        logits_V = ar.predict(torch.tensor([[*ids, 0]]), wanted_BL)[0]
+        logits_V[257:] = -torch.inf
+        ids.append(int(logits_V.argmax()))
+    assert result["tokens"] == ids[2:] and result["settings"]["helper"] == str(model_folder)
 
 
 def test_a_gap_may_choose_its_length(model_folder):

@@ -112,9 +112,10 @@ class TableWindowPredictor(TablePredictor):
     def new_store(self, num_rows, num_columns):
         class Store:
             tokens_RL = torch.zeros(num_rows, num_columns + 1, dtype=torch.int64)
+            positions_RL = torch.zeros(num_rows, num_columns + 1, dtype=torch.int64)
 
             def keep_rows(self, rows):
-                self.tokens_RL = self.tokens_RL[rows]
+                self.tokens_RL, self.positions_RL = self.tokens_RL[rows], self.positions_RL[rows]
 
         return Store()
 
@@ -122,23 +123,23 @@ class TableWindowPredictor(TablePredictor):
         rows, width = tokens_BQ.shape
         columns_BQ = columns_BQ.expand(rows, width)
         if store is None:
-            known_BK, key_columns_BK = tokens_BQ, columns_BQ
+            known_BK, key_positions_BK = tokens_BQ, positions_BQ
         else:
             of_rows = torch.arange(rows) if rows_B is None else rows_B
             store.tokens_RL[of_rows[:, None], columns_BQ] = tokens_BQ
-            known_BK = store.tokens_RL[of_rows, :num_keys]
-            key_columns_BK = torch.arange(num_keys).expand(rows, num_keys)
+            store.positions_RL[of_rows[:, None], columns_BQ] = positions_BQ
+            known_BK, key_positions_BK = store.tokens_RL[of_rows, :num_keys], store.positions_RL[of_rows, :num_keys]
         if seen_BQK is None:
             seen_BQK = torch.ones(1, 1, 1, dtype=torch.bool)
         seen_BQK = seen_BQK.expand(rows, width, known_BK.shape[1])
         code_BQ = torch.zeros(rows, width, dtype=torch.int64)
         for place in range(self.length):
-            here_BQK = (key_columns_BK == place + 1)[:, None] & seen_BQK
-            token_BQ = torch.where(here_BQK.any(-1), (here_BQK * known_BK[:, None]).sum(-1), self.mask_token_id)
+            here_BQK = (key_positions_BK == place + 1)[:, None] & seen_BQK
+            token_BQ = torch.where(here_BQK, known_BK[:, None], self.mask_token_id).amin(-1)  # the mask is the largest id
             code_BQ = code_BQ * (self.vocab_size + 1) + token_BQ
         # in_place: a mask is read for itself; clean text predicts its next token under either alignment.
         own_BQ = (tokens_BQ == self.mask_token_id) & (self.alignment == "in_place")
-        predicted_BQ = (columns_BQ - own_BQ.long()).clamp(0, self.length - 1)
+        predicted_BQ = (positions_BQ - own_BQ.long()).clamp(0, self.length - 1)
         logits_BQV = self.table[code_BQ, predicted_BQ]
         if kept.dtype == torch.bool:
             return logits_BQV[kept]

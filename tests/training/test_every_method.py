@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,19 @@ import torch
 from command_line import SMALL, curve, works, write_corpus
 from memory_stream import make_engine
 from test_loop import close
-from tiny_models import VOCAB, rewritten
+from tiny_models import VOCAB, build, denoiser, rewritten
 
+from dlmconvert.backbone.teacher import Teacher
+from dlmconvert.data.loader import positions
 from dlmconvert.data.rows import Rows
+from dlmconvert.diffusion.attention import CAUSAL, AttentionContext
+from dlmconvert.diffusion.streams import block_starts
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.load import validate
 from dlmconvert.runs.models import TrainingJob, batch_stream, loop_settings_of
 from dlmconvert.training.loop import accumulate
+from dlmconvert.training.losses import batch_loss, context_of
+from dlmconvert.training.terms import embedding_noise
 
 ROWS, LENGTH, MASK = 8, 24, VOCAB - 1
 
@@ -63,7 +70,8 @@ def job_of(name, store, micro_batch=ROWS, row_length=LENGTH, **method):
 def prepared(name, store=None, micro_batch=ROWS, family="llama", **method):
     job = job_of(name, store or Store(), micro_batch, **method)
     engine = make_engine(family, alignment=job.method.alignment)
-    return engine, batch_stream(job, MASK), loop_settings_of(job, LENGTH)
+    engine.denoiser._teacher = (Teacher(lambda: build(family, seed=5)),)
+    return engine, batch_stream(job, engine.denoiser.spec), loop_settings_of(job, LENGTH)
 
 
 def gradient(engine, stream, settings, step, rank=0, count=1):
@@ -73,8 +81,10 @@ def gradient(engine, stream, settings, step, rank=0, count=1):
     return part.sums, {name: p.grad.clone() for name, p in engine.parameters.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["joined", "isolated", "padded"])
-@pytest.mark.parametrize("name", METHODS)
+KINDS = [(name, "isolated") for name in METHODS] + [(name, kind) for name in ("efficient-dlm", "nbdiff", "i-dlm") for kind in ("joined", "padded")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_one_gradient_under_any_split_and_any_number_of_ranks(name, kind):
     """1 x 8, 8 x 1, 2 ranks x 4 and 2 ranks x 3 + 1: the same sums and the same gradient, in the middle of its schedule."""
     engine, stream, settings = prepared(name, Store(kind))
@@ -82,11 +92,93 @@ def test_one_gradient_under_any_split_and_any_number_of_ranks(name, kind):
     whole_sums, whole = gradient(engine, stream, settings, step)
     assert any(float(g.abs().max()) > 0 for g in whole.values())
     for micro_batch, count in ((1, 1), (3, 2)):
-        settings_split = type(settings)(**{**vars(settings), "micro_batch": micro_batch})
+        settings_split = replace(settings, micro_batch=micro_batch)
         parts = [gradient(engine, stream, settings_split, step, rank, count) for rank in range(count)]
         for key, value in whole_sums.items():
             assert sum(sums[key] for sums, _ in parts) == pytest.approx(value, rel=2e-5, abs=1e-6), key
         close({key: sum(grads[key] for _, grads in parts) for key in whole}, whole, 2e-5, 2e-6)
+
+
+EXTRAS = {
+    "kl to the source": ("llada", {"objective": {"teacher_kl": 0.7}}),
+    "both comparisons": ("dream", {"objective": {"teacher_kl": 0.7, "alignment_weight": 2.0}}),
+    "edits from the first step": ("seed-edit", {"corruption": {"edit_steps": 8}}),
+    "noise on mask embeddings": ("nbdiff", {"corruption": {"embedding_noise": 0.3, "embedding_noise_steps": 4}}),
+    "gidd clamped": ("gidd", {"objective": {"weight": "gidd_clamped"}, "corruption": {"uniform_share": 0.4}}),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("kind", ["isolated", "padded"])
+def test_one_gradient_with_what_can_be_added(extra, kind):
+    name, choices = EXTRAS[extra]
+    plain, _ = gradient(*prepared(name, Store(kind)), 3)
+    engine, stream, settings = prepared(name, Store(kind), **choices)
+    sums, whole = gradient(engine, stream, settings, 3)
+    assert sums["loss"] != plain["loss"]
+    split = replace(settings, micro_batch=3)
+    found, grads = gradient(engine, stream, split, 3)
+    assert found == pytest.approx(sums, rel=2e-5, abs=1e-6)
+    close(grads, whole, 2e-5, 2e-6)
+
+
+def test_a_model_that_is_the_source_is_near_it():
+    """Without masks and from left to right, hidden states and predictions are the source's: both distances are 0; else they are not."""
+    engine, stream, settings = prepared("dream", objective={"alignment_weight": 1.0, "teacher_kl": 1.0})
+    engine.denoiser._teacher = (Teacher(lambda: engine.denoiser.model),)
+    batch = stream.batch(0)
+    sums = batch_loss(engine, batch, context_of(settings, 0), settings, 100, 1, 50)[1]
+    assert sums["alignment"] > 0.05 and sums["teacher_kl"] > 0.05
+    clean = replace(batch, x_t_BL=batch.x_0_BL)
+    sums = batch_loss(engine, clean, CAUSAL, settings, 100, 1, 50)[1]
+    assert sums["alignment"] == pytest.approx(0, abs=1e-5) and sums["teacher_kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_edits_begin_with_the_last_phase():
+    """The rows of the last fifth have substitutions and no masks, at most a tenth of each; the steps before have none."""
+    _, stream, _ = prepared("seed-edit")
+    assert stream.batch(5).x_edit_BL is None
+    edited = torch.cat([(stream.batch(step).x_edit_BL != stream.batch(step).x_0_BL).sum(1) for step in range(6, 8)])
+    assert 0 < int(edited.max()) <= LENGTH // 10 and not bool((stream.batch(7).x_edit_BL == MASK).any())
+
+
+def test_noise_is_on_masks_only_and_ends():
+    noisy = {"embedding_noise": 0.3, "embedding_noise_steps": 2}
+    losses = []
+    for choices in ({}, {"corruption": noisy}, {"corruption": {**noisy, "embedding_noise": 0.31}}):
+        engine, stream, settings = prepared("llada", **choices)
+        losses.append([gradient(engine, stream, settings, step)[0]["loss"] for step in (1, 2)])
+    assert len({first for first, _ in losses}) == 3 and len({second for _, second in losses}) == 1
+    noise_ND, noised_BL = embedding_noise(settings, AttentionContext(), 0, [(0, 0, 4), (0, 0, 5)], torch.eye(2, 9, dtype=torch.bool), 20000)
+    assert noise_ND.shape == (2, 20000) and float(noise_ND.std()) == pytest.approx(0.31, rel=0.02) and torch.equal(noised_BL, torch.eye(2, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["llada", "nbdiff"])
+def test_the_balance_of_experts_is_the_familys_own(family, name):
+    """On rows without padding, under a mask that transformers takes: the value that the family's own forward returns."""
+    store = Store("joined")
+    engine, stream, settings = prepared(name, store, family=family)
+    weight = engine.denoiser.model.config.router_aux_loss_coef
+    assert settings.router_weight is None and weight > 0
+    with_it, grads = gradient(engine, stream, settings, 3)
+    without, plain = gradient(engine, stream, replace(settings, router_weight=0.0), 3)
+    assert with_it["loss"] == pytest.approx(without["loss"] + weight * with_it["router_balance"], rel=1e-5) and "router_balance" not in without
+    routers = [key for key in grads if key.endswith(("gate.weight", "router.weight"))]
+    assert routers and all(float((grads[key] - plain[key]).abs().max()) > 0 for key in routers)
+    if name == "llada":
+        batch = stream.batch(3)
+        config = engine.denoiser.model.config
+        config.is_causal = False
+        try:
+            expected = engine.denoiser.model(input_ids=batch.x_t_BL, output_router_logits=True, is_causal=False).aux_loss
+        finally:
+            del config.is_causal
+        assert with_it["router_balance"] == pytest.approx(float(expected), rel=1e-4)
+    padded = gradient(*prepared(name, Store("padded"), family=family), 3)[0]["router_balance"]
+    store = Store("padded")
+    store.tokens_RL = torch.where(torch.arange(LENGTH) >= store.cuts_R[:, None], 7, store.tokens_RL)
+    assert gradient(*prepared(name, store, family=family), 3)[0]["router_balance"] == pytest.approx(padded, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "nbdiff", "i-dlm", "fast-dllm-v2"])
@@ -105,10 +197,6 @@ def test_padding_is_seen_by_no_loss_of_a_block_model(name):
 @pytest.mark.parametrize("pattern", ["block_causal", "context_causal", "causal_in_block"])
 @pytest.mark.parametrize("alignment", ["shift", "in_place"])
 def test_a_document_in_a_packed_row_has_the_predictions_that_it_has_alone(pattern, alignment):
-    from dlmconvert.data.loader import positions
-    from dlmconvert.diffusion.streams import block_starts
-    from tiny_models import denoiser
-
     store, cut = Store("isolated"), 10
     model = denoiser(rewritten("llama"), alignment, pattern, block_length=4)
     store.cuts_R[:] = cut

@@ -26,6 +26,7 @@ LOST = Outcome(1, "another rank has gone: Connection closed by peer", lost_peer=
 def nobody_ends_this_process(monkeypatch):
     monkeypatch.setattr(lifeline.os, "kill", lambda pid, number: None)
     monkeypatch.setattr(lifeline, "FAREWELL_SECONDS", 0.1)
+    monkeypatch.setattr(lifeline, "LATECOMERS_SECONDS", 2.0)
     yield
     for line in list(lifeline._lines):
         line._leaving = True  # else it makes an end, ten seconds later
@@ -51,6 +52,20 @@ def line():
     yield connect
     for one in made:
         one.close()
+
+
+def test_the_address_by_which_machines_see_each_other(line, monkeypatch):
+    """A host's name may mean the loopback on the host itself: what counts is where a connection from elsewhere arrived."""
+    hub = Hub(3, "localhost.", "token")  # not literally the loopback: it listens on all interfaces, for both kinds of address
+    port = hub.address.split()[1]
+    far = Spoke(1, 3, f"127.0.0.1 {port}", "token", ME)
+    monkeypatch.setattr(lifeline._Peer, "is_here", property(lambda peer: peer.rank == 2))
+    near = Spoke(2, 3, f"127.0.0.3 {port}", "token", ME)
+    hub.gather(refusal_by(ME, 3), 10)
+    far.join(10), near.join(10)
+    assert hub.own_address == far.own_address == near.own_address == "127.0.0.1"
+    for end in (far, near, hub):
+        end.close()
 
 
 def eventually(seen, seconds=10.0):
@@ -159,6 +174,20 @@ def test_those_who_do_not_come_are_named(line):
         hub.gather(refusal_by(ME, 4), 0.3)
     with pytest.raises(Told, match="did not come"):
         here.join(10)
+
+
+def test_rank_0_stays_to_tell_those_who_come_late():
+    hub = Hub(2, "127.0.0.1", "token")
+    told = []
+    thread = threading.Thread(target=lambda: told.append(hub.failed(FULL)))
+    thread.start()
+    time.sleep(0.1)
+    late = Spoke(1, 2, hub.address, "token", ME)
+    with pytest.raises(Told, match="the disk is full"):
+        late.join(10)
+    late.close()
+    thread.join()
+    assert told == [FULL]
 
 
 def test_strangers_and_doubles(line):

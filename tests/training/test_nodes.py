@@ -135,7 +135,8 @@ def test_numbered_nodes_and_a_rank_that_is_killed(zygote, place, straight, tiny_
     """No common parent: every command ends within seconds, and the one beside the dead rank says how it died."""
     command = ["adapt", tiny_checkpoints["gpt2"], *WORDS, "--processes", 2, "--nodes", 2, "--master", f"127.0.0.1:{free_port()}"]
     nodes = [zygote.start(place, *command, "--node-rank", number) for number in (0, 1)]
-    nodes[0].wait_for(lambda: steps_done(place / "run") >= 5, seconds=120)
+    nodes[0].wait_for(lambda: steps_done(place / "run") >= 5 or "error:" in nodes[0].text(), seconds=120)
+    assert "error:" not in nodes[0].text() + nodes[1].text(), nodes[0].text() + nodes[1].text()
     (victim,) = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
     os.kill(int(victim), signal.SIGKILL)
     assert nodes[0].wait() == nodes[1].wait() == 1
@@ -170,6 +171,25 @@ def test_another_version_on_one_rank(place, tiny_checkpoints):
     done = subprocess.run([sys.executable, "older.py", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("error:") == 1, done.stderr
     assert "rank 1 of 2 on" in done.stderr and "torch 0.0.1, rank 0 with torch 2." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        (("absent.yaml", "absent.yaml"), "error: no such recipe file: absent.yaml"),
+        (("tiny", "absent.yaml"), "error: rank 1 of 2 on"),
+    ],
+)
+def test_the_ranks_of_another_launcher_speak_with_one_voice(place, recipes, message):
+    """As torchrun starts them. Whatever is wrong, and on whichever rank: rank 0 says it, once."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen([*PYTHON, "adapt", recipe], env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank, recipe in enumerate(recipes)
+    ]
+    first, second = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert message in first and first.count("error:") == 1 and second == "", first + second
+    assert [rank.returncode for rank in ranks] == [2, 2]
 
 
 def test_the_deepspeed_launcher(place, straight, tiny_checkpoints):

@@ -1,0 +1,105 @@
+"""Time to quality: tokens and seconds until a converted model reaches a held-out NELBO, variant against variant.
+
+Each variant is an `adapt` run of its own, resumable: run the same command again after an interruption. The first one is the yardstick
+(`diffullama`); what it reaches at its end is the target of the others. Prints a table and writes a plot of the curves.
+
+    python benchmarks/time_to_nelbo.py --checkpoint MODEL --train TEXT --validation TEXT --to FOLDER [--only NAME,NAME] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+AT_ONCE = ("method.attention.anneal=none", "method.attention.anneal_steps=null")
+UNWEIGHTED = ("method.objective.weight=unweighted", "method.objective.normaliser=masked")
+THIRD = ("train.steps=333",)
+SMALL = ("train.rows_per_step=4", "train.micro_batch=4", "train.steps=1332", "train.warmup_steps=100")
+
+# A variant a line: what it adds to the line before, so that each part shows what it brings. Rows x steps x row length are its tokens.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "diffullama, 1000 steps": ("train.learning_rate=4e-3", "method.attention.anneal_steps=200"),
+    "diffullama, a third": (*THIRD, "train.learning_rate=4e-3", "method.attention.anneal_steps=67"),
+    "+ open at once": (*THIRD, "train.learning_rate=4e-3", *AT_ONCE),
+    "+ unweighted": (*THIRD, "train.learning_rate=4e-3", *AT_ONCE, *UNWEIGHTED),
+    "+ 4 rows a step": (*SMALL, "train.learning_rate=4e-3", *AT_ONCE, *UNWEIGHTED),
+}
+COMMON = (
+    "data.row_length=128", "train.rows_per_step=16", "train.micro_batch=16", "train.warmup_steps=50", "train.schedule=cosine",
+    "train.save_steps=1000000", "train.save_minutes=1000", "eval.rows=128", "eval.draws=8",
+)  # fmt: skip
+START = "import runpy, sys; sys.argv[0] = 'dlmconvert'; runpy.run_module('dlmconvert', run_name='__main__')"
+
+
+def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace) -> dict:
+    """Run (or continue, or read) one variant: its curve, seconds of training without validation, tokens."""
+    folder = Path(arguments.to) / "".join(c if c.isalnum() else "-" for c in name).strip("-")
+    validate = f"train.validate_steps={arguments.validate_steps * (4 if words[:1] == SMALL[:1] else 1)}"
+    common = [word for word in COMMON if word.split("=")[0] not in {w.split("=")[0] for w in words}]
+    command = [
+        sys.executable, "-c", START, "adapt", arguments.checkpoint, f"data.train={arguments.train}", f"data.validation={arguments.validation}",
+        *common, *words, *arguments.words, validate, f"run.folder={folder}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        sys.exit(f"{name} failed ({done.returncode}):\n{done.stderr}")
+    lines = [json.loads(line) for line in (folder / "adapt" / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    seconds_per_step = sum(line["seconds_per_step"] for line in training) / len(training)
+    tokens_per_step = training[-1]["tokens_seen"] / training[-1]["step"]
+    measured = json.loads((folder / "run.json").read_text())["stages"]["adapt"]["facts"]["measured"]
+    before, after = (next(row for row in measured if row["what"].startswith(f"NELBO {when}")) for when in ("before", "after"))
+    steps = training[-1]["step"]
+    curve = [(0, before["nats_per_token"]), *((line["step"], line["validation_nelbo"]) for line in lines if "validation_nelbo" in line), (steps, after["nats_per_token"])]
+    return {
+        "name": name, "steps": steps, "nelbo": after["nats_per_token"], "error": after["standard_error"], "tokens": steps * tokens_per_step,
+        "seconds": steps * seconds_per_step, "curve": [(step * tokens_per_step, value) for step, value in curve],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("checkpoint", "train", "validation", "to"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--only", help="names of variants, with a comma between")
+    parser.add_argument("--validate-steps", type=int, default=50)
+    parser.add_argument("--plot", help="a PNG")
+    parser.add_argument("words", nargs="*", help="recipe keys for all variants, key=value")
+    arguments = parser.parse_args()
+    chosen = list(VARIANTS) if not arguments.only else [name for name in VARIANTS if name in arguments.only.split(",")]
+    results = []
+    print(f"{'variant':28} {'NELBO':>8} {'+-':>6} {'tokens':>10} {'of first':>9} {'seconds':>8} {'of first':>9}")
+    for name in chosen:
+        found = train(name, VARIANTS[name], arguments)
+        results.append(found)
+        first = results[0]
+        print(
+            f"{name:28} {found['nelbo']:8.3f} {found['error']:6.3f} {found['tokens']:10,.0f} {found['tokens'] / first['tokens']:9.3f} "
+            f"{found['seconds']:8.1f} {found['seconds'] / first['seconds']:9.3f}",
+            flush=True,
+        )
+    if arguments.plot:
+        plot(results, Path(arguments.plot))
+
+
+def plot(results: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for found in results:
+        axis.plot([tokens / 1e6 for tokens, _ in found["curve"]], [value for _, value in found["curve"]], "o-", markersize=3, label=found["name"])
+    axis.axhline(results[0]["nelbo"], linestyle=":", color="grey")
+    axis.set(xlabel="million tokens", ylabel="held-out NELBO, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

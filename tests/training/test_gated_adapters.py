@@ -1,0 +1,80 @@
+"""Adapters that act on masks only: the source is still there, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, fails, stage_state, works, write_corpus
+from memory_stream import SETTINGS, run
+from safetensors.torch import load_file
+from tiny_models import VOCAB, denoiser, rewritten
+
+from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.gated import GatedAdapters
+from dlmconvert.backbone.load import load_denoiser
+from dlmconvert.backbone.rewrite import call_model
+from dlmconvert.diffusion.attention import AttentionContext
+from dlmconvert.training.engine import SingleDeviceEngine
+
+MASK = VOCAB - 1
+CONTEXTS = [AttentionContext(0.0), AttentionContext(1.0), AttentionContext(0.4, seed=1)]
+
+
+def engine_of(family, **changes):
+    model = rewritten(family).requires_grad_(False)
+    adapters = GatedAdapters(model, rank=4, alpha=8.0, target_modules="all-linear", mask_token_id=MASK, seed=0)
+    wrapped = Denoiser(model, denoiser(model).spec, adapters=adapters)
+    values = {"precision": "fp32", "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0} | changes
+    return SingleDeviceEngine(wrapped, device=torch.device("cpu"), **values)
+
+
+def logits(model, tokens_BL, context):
+    with torch.no_grad():
+        return call_model(model, tokens_BL, torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL), context).logits
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mixtral"])
+def test_without_a_mask_the_model_is_the_source_to_the_last_bit(family, tmp_path):
+    engine = engine_of(family)
+    source = rewritten(family)
+    tokens_BL = torch.randint(3, 200, (3, 16), generator=torch.Generator().manual_seed(0))
+    masked_BL = tokens_BL.clone()
+    masked_BL[:, 5] = MASK
+    untrained = [torch.equal(logits(engine.denoiser.model, masked_BL, c), logits(source, masked_BL, c)) for c in CONTEXTS]
+    assert all(untrained), "adapters start at nothing"
+    _, lines = run(tmp_path, dataclasses.replace(SETTINGS, learning_rate=3e-2), engine)
+    assert lines[-1]["loss"] != lines[0]["loss"] and set(engine.parameters) == {n for n, _ in engine.denoiser.named_parameters() if n.startswith("adapters.")}
+    for context in CONTEXTS:
+        assert torch.equal(logits(engine.denoiser.model, tokens_BL, context), logits(source, tokens_BL, context))
+    trained, plain = (logits(m, masked_BL, CONTEXTS[0]) for m in (engine.denoiser.model, source))
+    assert torch.equal(trained[:, :5], plain[:, :5]) and not torch.allclose(trained[:, 5:], plain[:, 5:], atol=1e-3), "from the mask on"
+
+
+def test_gradient_checkpointing_opens_the_same_gates(tmp_path):
+    short = dataclasses.replace(SETTINGS, steps=3, learning_rate=2e-2)
+    (_, a), (_, b) = run(tmp_path / "a", short, engine_of("llama")), run(tmp_path / "b", short, engine_of("llama", gradient_checkpointing=True))
+    assert [line["loss"] for line in a] == pytest.approx([line["loss"] for line in b], rel=1e-5)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints):
+    """Trained, fine-tuned, sampled, scored; the weights in the folder are the source's; merging formats refuse by name."""
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["adapt", tiny_checkpoints["llama"], *SMALL, "run.folder=run", "method.name=i-dlm", "train.lora={rank: 4, alpha: 8, gated: true}"]
+    works(*words)
+    run_folder = Path("run")
+    source, adapted = (load_file(run_folder / part / "model.safetensors") for part in ("source", "adapt/model"))
+    assert source.keys() == adapted.keys() and all(torch.equal(source[name], adapted[name]) for name in source)
+    spec = json.loads((run_folder / "adapt/model/config.json").read_text())["dlm"]
+    assert spec["gated_adapter"] == {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}
+    before, after = (found["nats_per_token"] for found in stage_state(run_folder, "adapt")["facts"]["measured"][1:])
+    assert after < before
+    loaded = load_denoiser(run_folder / "adapt/model", "cpu")
+    assert any(float(p.abs().max()) > 0 for name, p in loaded.adapters.named_parameters() if name.startswith("up."))
+    works("sample", run_folder / "adapt/model", "--prompt", "the", "--max-new-tokens", 4)
+    assert "no format carries the gate" in fails(2, "export", "run", *SMALL_EXPORT)
+    assert "train the same adapters on: sft.lora={gated: true" in fails(2, "sft", "run", *SMALL_SFT)
