@@ -8,7 +8,7 @@ Shapes: B rows, S positions of what the model runs, D width, N chosen positions,
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ class Extras:
     aligned_KND: hidden states of the frozen source behind each layer, at the positions `aligned_at_BS`; alignment_weight: what each
     position's mean of 1 - cos over the layers is multiplied by (normaliser included).
     balance_weight: of the router balance loss; real_BS: positions that are no padding (None: all are).
-    noise_ND: added to the embeddings at `noised_BS`.
+    noise: width -> noise_ND, added to the embeddings at `noised_BS`.
     found: what the forward has measured, by name, as tensors of no dimension without gradient.
     """
 
@@ -36,7 +36,7 @@ class Extras:
     alignment_weight: float = 0.0
     balance_weight: float = 0.0
     real_BS: torch.Tensor | None = None
-    noise_ND: torch.Tensor | None = None
+    noise: Callable[[int], torch.Tensor] | None = None
     noised_BS: torch.Tensor | None = None
     found: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -44,8 +44,8 @@ class Extras:
     def around(self, model: Any) -> Iterator[dict[str, Any]]:
         """Hooks for one call of the model; what is yielded are more arguments of the call."""
         with ExitStack() as stack:
-            if self.noise_ND is not None:
-                stack.enter_context(_added_to_embeddings(model, self.noise_ND, self.noised_BS))
+            if self.noise is not None:
+                stack.enter_context(_added_to_embeddings(model, self.noise, self.noised_BS))
             self._routed = stack.enter_context(_router_logits(model)) if self.balance_weight else []
             yield {"output_hidden_states": True} if self.aligned_KND is not None else {}
 
@@ -70,9 +70,10 @@ def misalignment(hidden_KBSD: Any, aligned_KND: list[torch.Tensor], at_BS: torch
 
 
 @contextmanager
-def _added_to_embeddings(model: Any, noise_ND: torch.Tensor, noised_BS: torch.Tensor) -> Iterator[None]:
+def _added_to_embeddings(model: Any, noise: Callable[[int], torch.Tensor], noised_BS: torch.Tensor) -> Iterator[None]:
     def add(module: Any, inputs: Any, embedded_BSD: torch.Tensor) -> torch.Tensor:
-        noise_BSD = torch.zeros_like(embedded_BSD).masked_scatter(noised_BS[..., None], noise_ND.to(embedded_BSD.dtype))
+        noise_ND = noise(embedded_BSD.shape[-1]).to(embedded_BSD.dtype)
+        noise_BSD = torch.zeros_like(embedded_BSD).masked_scatter(noised_BS[..., None], noise_ND)
         return embedded_BSD + noise_BSD
 
     handle = model.get_input_embeddings().register_forward_hook(add)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 from collections import deque
@@ -31,6 +32,7 @@ from dlmconvert.recipe.schema import TextSource
 Progress = Callable[[int, float | None], None]
 """progress(tokens so far, fraction done in [0, 1], or None where the size of the corpus is not known)."""
 
+_CHARACTERS_A_TOKEN = 64  # far more than any tokenizer reaches on text
 _SMALL_CORPUS_BYTES = 4 << 20  # below this, starting processes takes longer than tokenising
 
 
@@ -57,7 +59,8 @@ def prepare_rows(
     documents: `isolated` makes `Rows.segments_BL` number the documents in a row; `joined` leaves it at zero.
     prefix_id, separator_id: token put in front of (bos) and behind (eos) each document; None for nothing.
     forbidden_id: token that text must not contain; None when the mask token is an ordinary word.
-    max_tokens: the first so many tokens of each source.
+    max_tokens: the first so many tokens of each source are trained on, and of what `validation` as a fraction holds out of it no
+        more than that fraction's share beside them (`held_out_bound`). Little more than this is read and tokenised.
     validation: fraction that is held out of `sources`, or sources of its own (whose documents are then not trained on,
         should they also be in `sources`).
     workers: processes that tokenise; None for one a core. The result does not depend on it.
@@ -73,6 +76,9 @@ def prepare_rows(
         "separator_id": separator_id, "forbidden_id": forbidden_id, "max_tokens": max_tokens, "fraction": fraction,
         "num_sources": len(sources),
     }  # fmt: skip
+    held_tokens = held_out_bound(max_tokens, fraction, row_length)
+    if held_tokens is not None:
+        settings["held_tokens"] = held_tokens
     fingerprint = content_fingerprint([*sources, *validation_sources], settings, memory=cache / "hashes.json")[:24]
     final = cache / fingerprint
 
@@ -97,7 +103,7 @@ def prepare_rows(
         paths = []
         with Tokeniser(tokenizer, shard_format, workers or os.cpu_count() or 1) as tokeniser:
             for number, (source, split) in enumerate(parts):
-                pieces = _pieces(source, split)
+                pieces = _pieces(source, split, held_tokens)
                 folder = shards_folder / f"part-{number}"
                 paths.append(_tokenise(pieces, folder, tokeniser, max_tokens, report, held_out=split is None))
         meta = {
@@ -105,7 +111,7 @@ def prepare_rows(
         }  # fmt: skip
         try:
             with published(final) as folder:
-                _write_stores(folder, paths, list(sources), validation_sources, meta, max_tokens, fraction)
+                _write_stores(folder, paths, list(sources), validation_sources, meta, max_tokens, held_tokens, fraction)
         except UserError:
             shutil.rmtree(shards_folder, ignore_errors=True)  # nothing to resume: other settings have other shards
             raise
@@ -123,18 +129,29 @@ def _bounded(source: TextSource, max_tokens: int | None) -> Iterator[Document]:
     for document in read_documents(source):
         yield document
         characters += len(document.text)
-        # 64 characters a token is far more than any tokenizer reaches on text.
-        if source.streaming and max_tokens is not None and characters > 64 * max_tokens:
+        if source.streaming and max_tokens is not None and characters > _CHARACTERS_A_TOKEN * max_tokens:
             return
 
 
-def _pieces(source: TextSource, split: Split | None) -> Iterator[Piece]:
-    """split: None for a source that is held out whole."""
+def held_out_bound(max_tokens: int | None, fraction: float, row_length: int) -> int | None:
+    """Tokens of a source that are held out at most when `max_tokens` of it are trained on: the same share of both, and a whole row."""
+    if max_tokens is None or not fraction:
+        return None
+    return max(row_length, math.ceil(max_tokens * fraction / (1 - fraction)))
+
+
+def _pieces(source: TextSource, split: Split | None, held_tokens: int | None) -> Iterator[Piece]:
+    """split: None for a source that is held out whole. held_tokens: what is held out beyond them is not needed."""
+    held_characters = 0
     for document in read_documents(source):
         train, held = ("", document.text) if split is None else split.parts(document)
         # The held-out part first: `max_tokens` may end the source inside this document.
         if held:
-            yield from pieces_of(held, True, document.origin)
+            for piece in pieces_of(held, True, document.origin):
+                if split is not None and held_tokens is not None and held_characters > _CHARACTERS_A_TOKEN * held_tokens:
+                    break
+                yield piece
+                held_characters += len(piece.text)
         if train:
             yield from pieces_of(train, False, document.origin)
 
@@ -142,26 +159,40 @@ def _pieces(source: TextSource, split: Split | None) -> Iterator[Piece]:
 def _tokenise(
     pieces: Iterable[Piece], folder: Path, tokeniser: Tokeniser, max_tokens: int | None, report: _Report, held_out: bool
 ) -> list[Path]:
-    """The shard files of a source in order, up to the one in which `max_tokens` is reached."""
+    """The shard files of a source in order, up to the one in which `max_tokens` is reached.
+
+    What is under way ends where `max_tokens` are to be expected, by the tokens a character so far: about one shard too many is made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     waiting: deque = deque()
     done: list[Path] = []
-    num_tokens = 0
+    num_tokens = num_characters = under_way = 0
 
     def enough() -> bool:
-        nonlocal num_tokens
-        path, future, num_characters = waiting.popleft()
+        nonlocal num_tokens, num_characters, under_way
+        path, future, size = waiting.popleft()
         counts = future.result()
         done.append(path)
         num_tokens += counts[int(held_out)]
-        report.shard(num_characters, sum(counts))
+        num_characters += size
+        under_way -= size
+        report.shard(size, sum(counts))
         return max_tokens is not None and num_tokens >= max_tokens
 
-    for number, shard in enumerate(shards_of(pieces)):
+    def full() -> bool:
+        if max_tokens is None or len(waiting) >= tokeniser.window:
+            return len(waiting) >= tokeniser.window
+        # Before the first shard is back, a token a character: most texts have fewer.
+        return num_tokens + under_way * (num_tokens / num_characters if num_characters else 1.0) >= max_tokens
+
+    for number, shard in enumerate(shards_of(pieces, max_tokens)):
         path = folder / f"{number:06d}.npz"
-        waiting.append((path, tokeniser.submit(shard, path), sum(len(piece.text) for piece in shard)))
-        if len(waiting) >= tokeniser.window and enough():
-            return done
+        size = sum(len(piece.text) for piece in shard)
+        waiting.append((path, tokeniser.submit(shard, path), size))
+        under_way += size
+        while waiting and full():
+            if enough():
+                return done
     while waiting:
         if enough():
             break
@@ -175,6 +206,7 @@ def _write_stores(
     validation_sources: list[TextSource],
     meta: dict[str, Any],
     max_tokens: int | None,
+    held_tokens: int | None,
     fraction: float,
 ) -> None:
     """All stores of a preparation. paths: the shards of each of `sources` and then of each of `validation_sources`."""
@@ -186,7 +218,7 @@ def _write_stores(
             raise _too_short(source.path, num_tokens, row_length, is_a_rest=bool(fraction or validation_sources))
         total += num_tokens
     if fraction:
-        num_tokens = _concatenate(paths, 1, folder / "validation", meta | {"source": "held out"}, None)
+        num_tokens = _concatenate(paths, 1, folder / "validation", meta | {"source": "held out"}, held_tokens)
         if num_tokens < row_length:
             raise _too_little_held_out(num_tokens, total, row_length, fraction)
     elif validation_sources:

@@ -73,14 +73,16 @@ def pieces_of(text: str, held_out: bool, origin: str) -> Iterator[Piece]:
         start = end
 
 
-def shards_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups of about `SHARD_CHARACTERS` characters."""
+def shards_of(pieces: Iterable[Piece], max_tokens: int | None = None) -> Iterator[list[Piece]]:
+    """Pieces in groups of about `SHARD_CHARACTERS` characters, or of fewer where `max_tokens` are wanted and that is more than enough."""
+    # Two characters a token: two shards or so for a small bound, whatever the number of workers.
+    enough = SHARD_CHARACTERS if max_tokens is None else min(SHARD_CHARACTERS, 2 * max_tokens)
     shard: list[Piece] = []
     size = 0
     for piece in pieces:
         shard.append(piece)
         size += len(piece.text)
-        if size >= SHARD_CHARACTERS or len(shard) >= SHARD_PIECES:
+        if size >= enough or len(shard) >= SHARD_PIECES:
             yield shard
             shard, size = [], 0
     if shard:

@@ -79,33 +79,11 @@ def measure_likelihood(
             segments_BL = rows.segments_BL if bool((rows.segments_BL != rows.segments_BL[:, :1]).any()) else None
             positions_BL = positions(rows.segments_BL, isolated=True)
             num_bytes += _text_bytes(denoiser.tokenizer, rows.tokens_BL, targets_BL)
-            x_0_BL, targets_BL, positions_BL, segments_BL, keys_B = (
-                t if t is None else t.to(denoiser.device)
-                for t in (rows.tokens_BL, targets_BL, positions_BL, segments_BL, torch.from_numpy(indices))
-            )
-            if causal:
-                nats_B = ar_nll(denoiser.predict, x_0_BL, targets_BL, positions_BL, segments_BL)
-                advance(len(indices))
-            elif denoiser.spec.attention in TWO_STREAMS:
-                starts_BL = block_starts(positions_BL, denoiser.spec.block_length)
-                blocks_BL = starts_BL.cumsum(1) - 1
-                read_clean_BL = targets_BL & starts_BL if denoiser.alignment == "shift" else torch.zeros_like(targets_BL)
-                nats_B = torch.zeros(len(indices), dtype=torch.float64)
-                for draw in range(draws):
-                    nats_B += block_nelbo_draw(
-                        denoiser.predict_blocks, x_0_BL, targets_BL, read_clean_BL, blocks_BL, keys_B, denoiser.mask_token_id,
-                        draw=draw, num_draws=draws, seed=seed, positions_BL=positions_BL, segments_BL=segments_BL,
-                    ).cpu().double() / draws  # fmt: skip
-                    advance(len(indices))
-            else:
-                nats_B = torch.zeros(len(indices), dtype=torch.float64)
-                for draw in range(draws):
-                    nats_B += nelbo_draw(
-                        denoiser.predict, x_0_BL, targets_BL, keys_B, denoiser.mask_token_id,
-                        draw=draw, num_draws=draws, seed=seed, positions_BL=positions_BL, segments_BL=segments_BL,
-                    ).cpu().double() / draws  # fmt: skip
-                    advance(len(indices))
-            nats.append(nats_B.cpu().double())
+            nats_B = row_nats(
+                denoiser, rows.tokens_BL, targets_BL, torch.from_numpy(indices), draws=draws, seed=seed, positions_BL=positions_BL,
+                segments_BL=segments_BL, advance=advance,
+            )  # fmt: skip
+            nats.append(nats_B)
             tokens.append(targets_BL.sum(1).cpu())
     denoiser.train(was_training)
     nats_B, tokens_B = torch.cat(nats), torch.cat(tokens)
@@ -119,6 +97,48 @@ def measure_likelihood(
         tokens=int(tokens_B.sum()),
         draws=draws,
     )
+
+
+@torch.no_grad()
+def row_nats(
+    denoiser: Denoiser,
+    x_0_BL: torch.Tensor,
+    targets_BL: torch.Tensor,
+    row_keys_B: torch.Tensor,
+    *,
+    draws: int,
+    seed: int,
+    positions_BL: torch.Tensor,
+    segments_BL: torch.Tensor | None = None,
+    advance: Callable[[int], None] = lambda forwards: None,
+) -> torch.Tensor:
+    """nats_B, float64 on the CPU: -log p of each row's targets (exact under `causal`), or a bound on it by `draws` draws, given the rest.
+
+    row_keys_B: key the noise; the same key means the same masks. Nothing is masked but targets.
+    """
+    x_0_BL, targets_BL, positions_BL, segments_BL, keys_B = (
+        t if t is None else t.to(denoiser.device) for t in (x_0_BL, targets_BL, positions_BL, segments_BL, row_keys_B)
+    )
+    if denoiser.spec.attention == "causal":
+        nats_B = ar_nll(denoiser.predict, x_0_BL, targets_BL, positions_BL, segments_BL)
+        advance(len(x_0_BL))
+        return nats_B.cpu().double()
+    nats_B = torch.zeros(len(x_0_BL), dtype=torch.float64)
+    if denoiser.spec.attention in TWO_STREAMS:
+        starts_BL = block_starts(positions_BL, denoiser.spec.block_length)
+        blocks_BL = starts_BL.cumsum(1) - 1
+        read_clean_BL = targets_BL & starts_BL if denoiser.alignment == "shift" else torch.zeros_like(targets_BL)
+    for draw in range(draws):
+        how = {"draw": draw, "num_draws": draws, "seed": seed, "positions_BL": positions_BL, "segments_BL": segments_BL}
+        if denoiser.spec.attention in TWO_STREAMS:
+            found_B = block_nelbo_draw(
+                denoiser.predict_blocks, x_0_BL, targets_BL, read_clean_BL, blocks_BL, keys_B, denoiser.mask_token_id, **how
+            )  # fmt: skip
+        else:
+            found_B = nelbo_draw(denoiser.predict, x_0_BL, targets_BL, keys_B, denoiser.mask_token_id, **how)
+        nats_B += found_B.cpu().double() / draws
+        advance(len(x_0_BL))
+    return nats_B
 
 
 def _text_bytes(tokenizer: Any, tokens_BL: torch.Tensor, targets_BL: torch.Tensor) -> int:

@@ -62,7 +62,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         predictor, canvas, layout, cache=settings.cache, block_length=settings.block_length, cfg_scale=settings.cfg_scale
     )
     hooked = settings.tokens_hook or settings.logits_hook
-    sees_all = not is_block_model(predictor)
+    computes_all = settings.cache == "none" and not is_block_model(predictor)
     nfe = 0
     for step in range(blocks.last_step + 1):
         u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, canvas.positions_BL)
@@ -73,7 +73,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         if count_B is not None:
             # A known order with a known count needs no predictions to choose: the model is asked for the chosen positions only.
             wanted_BL = wanted_BL & (count_B > 0)[:, None] if scores_BL is None else best(scores_BL, wanted_BL, count_B)
-        asked_BL = (masked_BL if sees_all else plan.masked_BL) if hooked else wanted_BL
+        asked_BL = (masked_BL if computes_all else plan.masked_BL) if hooked else wanted_BL
         # The one place where the host waits for the device.
         left, num_wanted, num_asked, parts = torch.stack(
             [masked_BL.sum(1), wanted_BL.sum(1), asked_BL.sum(1), blocks.block_B]

@@ -63,6 +63,8 @@ def check_revision(revision: str, strength: float | None, predictor: Predictor) 
             f"revision {revision!r} reads what the model thinks of visible tokens, and this one was trained with corruption {trained!r}:"
             " masks only, so it has never learned to doubt them; use remdm, p2 or wino"
         )
+    if revision == "wino" and not hasattr(predictor, "forward_columns"):
+        raise ValueError("revision 'wino' asks masks beside the canvas, and this predictor cannot compute single columns; use remdm or p2")
     return default if strength is None else strength
 
 

@@ -147,8 +147,8 @@ def batch_loss(
         extras.real_BS = real_positions(segments_BL, eligible_BL, 2 if context.has_two_streams else 1)
     if batch.step < settings.embedding_noise_steps:
         masks_BL = masked_BL & (x_t_BL == denoiser.mask_token_id)
-        width = denoiser.model.get_input_embeddings().embedding_dim
-        extras.noise_ND, extras.noised_BS = embedding_noise(settings, context, batch.step, batch.row_ids, masks_BL, width)
+        extras.noise = embedding_noise(settings, batch.step, batch.row_ids, masks_BL)
+        extras.noised_BS = torch.cat([masks_BL, torch.zeros_like(masks_BL)], dim=1) if context.has_two_streams else masks_BL
     if settings.alignment_weight or settings.teacher_kl:
         add_source(extras, settings, denoiser, x_0_BL, positions_BL, segments_BL, masked_BL, eligible_BL, weights_N, num_eligible)
     if mixture is not None:

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, N targets, C targets of a chunk, V rows of the output 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ import torch
 from dlmconvert.backbone.extras import Extras
 from dlmconvert.diffusion import gidd
 from dlmconvert.diffusion.alignment import predictable, predicting_positions
-from dlmconvert.diffusion.attention import AttentionContext
 from dlmconvert.diffusion.fused_head import Score
 from dlmconvert.diffusion.objective import cross_entropy, source_divergence
 from dlmconvert.diffusion.randomness import EMBEDDING_NOISE, counter_normal
@@ -75,16 +75,18 @@ def add_source(
         extras.score = taught_score(x_0_BL[masked_BL], weights_N, logits, rank_N, settings.teacher_kl / num_eligible)
 
 
-def embedding_noise(settings: Any, context: AttentionContext, step: int, row_ids: Any, masked_BL: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(noise_ND, noised_BS): Gaussian, keyed by (seed, step, row, position, dimension), on the masks of the noised copy."""
-    rows_NK = torch.as_tensor(row_ids, device=masked_BL.device).reshape(masked_BL.shape[0], -1)
+def embedding_noise(settings: Any, step: int, row_ids: Any, masked_BL: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """width -> noise_ND on the masks: Gaussian, keyed by (seed, step, row, position, dimension)."""
+    rows_BK = torch.as_tensor(row_ids, device=masked_BL.device).reshape(masked_BL.shape[0], -1)
     row_N, position_N = masked_BL.nonzero(as_tuple=True)
-    keys = [*rows_NK[row_N].unbind(1), position_N]
-    noise_ND = counter_normal(
-        EMBEDDING_NOISE, settings.seed, step, *(key[:, None] for key in keys), torch.arange(width, device=masked_BL.device)
-    )
-    noised_BS = torch.cat([masked_BL, torch.zeros_like(masked_BL)], dim=1) if context.has_two_streams else masked_BL
-    return settings.embedding_noise * noise_ND.float(), noised_BS
+    keys = [*rows_BK[row_N].unbind(1), position_N]
+
+    def draw(width: int) -> torch.Tensor:
+        dimensions_D = torch.arange(width, device=masked_BL.device)
+        noise_ND = counter_normal(EMBEDDING_NOISE, settings.seed, step, *(key_N[:, None] for key_N in keys), dimensions_D)
+        return settings.embedding_noise * noise_ND.float()
+
+    return draw
 
 
 def real_positions(segments_BL: torch.Tensor | None, eligible_BL: torch.Tensor, streams: int) -> torch.Tensor | None:

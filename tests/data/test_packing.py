@@ -85,12 +85,22 @@ def test_pieces_add_up_to_their_document(text, small_shards):
     assert all(0 < len(piece.text) <= tokenising.PIECE_CHARACTERS for piece in pieces)
 
 
-def test_the_number_of_workers_changes_nothing(stories, tokenizer, tmp_path, small_shards):
-    calls = []
+def test_the_number_of_workers_changes_nothing(stories, tokenizer, tmp_path, small_shards, monkeypatch):
+    calls, submitted = [], []
+    submit = tokenising.Tokeniser.submit
+
+    def counted(self, pieces, path):
+        submitted[-1] += sum(len(piece.text) for piece in pieces)
+        return submit(self, pieces, path)
+
+    monkeypatch.setattr(tokenising.Tokeniser, "submit", counted)
+    submitted.append(0)
     (one,), held_one = prepare(stories, tokenizer, tmp_path / "one", workers=1, max_tokens=1500)
+    submitted.append(0)
     (two,), held_two = prepare(stories, tokenizer, tmp_path / "two", workers=2, max_tokens=1500, progress=lambda *call: calls.append(call))
     assert store_bytes(one) == store_bytes(two) and store_bytes(held_one) == store_bytes(held_two)
     assert one.num_tokens == 1500
+    assert submitted[0] <= submitted[1] <= submitted[0] + 2 * (tokenising.SHARD_CHARACTERS + 150) < stories.stat().st_size, "little more than the bound"
     assert calls[-1][1] == 1.0 and [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
@@ -159,12 +169,28 @@ def test_several_sources_and_a_validation_text_of_its_own(tmp_path, tokenizer, s
     assert second.meta["num_documents"] == 30 and validation.meta["num_documents"] == 15
 
 
+@pytest.mark.parametrize("kind", ["documents", "one text"])
+def test_a_bound_holds_for_what_is_held_out_too(tmp_path, tokenizer, kind, small_shards):
+    """Whichever text is held out: as many tokens as are the fraction's share beside the bounded training text, and the first of them."""
+    texts = [story(i) for i in range(200)]
+    path = tmp_path / ("a.txt" if kind == "one text" else "a.jsonl")
+    path.write_text("".join(texts)) if kind == "one text" else write_jsonl(path, [{"text": text} for text in texts])
+    (everything,), all_held = prepare(path, tokenizer, tmp_path / "cache", validation=0.2)
+    (train,), held = prepare(path, tokenizer, tmp_path / "cache", validation=0.2, max_tokens=1000)
+    assert train.num_tokens == 1000 and 100 < held.num_tokens <= 250 and all_held.num_tokens > 1000
+    for some, whole in ((train, everything), (held, all_held)):
+        assert (stream(some) == stream(whole)[: some.num_tokens]).all()
+    (_,), one_row = prepare(path, tokenizer, tmp_path / "cache", validation=0.02, max_tokens=100)
+    assert one_row.num_rows == 1, "a whole row, though its share would be two tokens"
+
+
 def test_one_long_text_holds_out_its_end(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("".join(story(i) for i in range(50)))
     (train,), held = prepare(path, tokenizer, tmp_path / "cache", validation=0.1, max_tokens=1000)
     assert train.num_tokens == 1000 and train.meta["num_documents"] == 1
-    assert path.read_text().endswith(tokenizer.decode(stream(held)[:-1])) and held.num_tokens > 100
+    assert held.num_tokens == 112, "1000 / 9: the bound of a tenth beside 1000"
+    assert tokenizer.decode(stream(held)) in path.read_text()[-len(path.read_text()) // 9 :]
 
 
 def test_a_corpus_smaller_than_one_row(tmp_path, tokenizer):

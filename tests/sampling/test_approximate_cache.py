@@ -122,3 +122,20 @@ def test_the_first_step_of_each_block_is_exact_and_one_token_blocks_are_the_unca
     )
     assert torch.equal(first_plain.tokens_BL, first_cached.tokens_BL)
     torch.testing.assert_close(first_plain.confidence_BL, first_cached.confidence_BL)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_a_logits_hook_sees_the_block_and_changes_nothing_by_looking(kind):
+    denoiser = denoiser_of("llama")
+    canvas = build_canvas([p + [None] * NEW for p in PROMPTS], 0)
+    shapes = []
+
+    def look(step, x_BL, logits_BLV):
+        shapes.append(logits_BLV.shape)
+        return logits_BLV
+
+    how = dict(order="confidence", block_length=4, cache=kind, threshold=0.1)
+    assert torch.equal(generate(denoiser, canvas, **how).tokens_BL, generate(denoiser, canvas, logits_hook=look, **how).tokens_BL)
+    assert set(shapes) == {(3, max(map(len, PROMPTS)) + NEW, 300)}
+    with pytest.raises(ValueError, match="tokens hook"):
+        denoise(denoiser, canvas, tokens_hook=lambda step, x, logits: x, **how)

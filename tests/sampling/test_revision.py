@@ -225,6 +225,7 @@ def test_wino_is_the_slow_one_in_a_batch_as_well(family, alignment, threshold, d
         (dict(revision="remdm", threshold=0.9), "threshold"),
         (dict(revision="p2", cache="dual"), "cache"),
         (dict(revision_strength=0.1), "belongs to a revision"),
+        (dict(revision="wino"), "single columns"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):

@@ -14,16 +14,17 @@ from memory_stream import make_engine
 from test_loop import close
 from tiny_models import VOCAB, build, denoiser, rewritten
 
+from dlmconvert.backbone.adapters import attach_lora
 from dlmconvert.backbone.teacher import Teacher
 from dlmconvert.data.loader import positions
 from dlmconvert.data.rows import Rows
-from dlmconvert.diffusion.attention import CAUSAL, AttentionContext
+from dlmconvert.diffusion.attention import CAUSAL
 from dlmconvert.diffusion.streams import block_starts
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.load import validate
 from dlmconvert.runs.models import TrainingJob, batch_stream, loop_settings_of
 from dlmconvert.training.loop import accumulate
-from dlmconvert.training.losses import batch_loss, context_of
+from dlmconvert.training.losses import ar_weight_at, batch_loss, context_of
 from dlmconvert.training.terms import embedding_noise
 
 ROWS, LENGTH, MASK = 8, 24, VOCAB - 1
@@ -149,8 +150,32 @@ def test_noise_is_on_masks_only_and_ends():
         engine, stream, settings = prepared("llada", **choices)
         losses.append([gradient(engine, stream, settings, step)[0]["loss"] for step in (1, 2)])
     assert len({first for first, _ in losses}) == 3 and len({second for _, second in losses}) == 1
-    noise_ND, noised_BL = embedding_noise(settings, AttentionContext(), 0, [(0, 0, 4), (0, 0, 5)], torch.eye(2, 9, dtype=torch.bool), 20000)
-    assert noise_ND.shape == (2, 20000) and float(noise_ND.std()) == pytest.approx(0.31, rel=0.02) and torch.equal(noised_BL, torch.eye(2, 9, dtype=torch.bool))
+    noise_ND = embedding_noise(settings, 0, [(0, 0, 4), (0, 0, 5)], torch.eye(2, 9, dtype=torch.bool))(20000)
+    assert noise_ND.shape == (2, 20000) and float(noise_ND.std()) == pytest.approx(0.31, rel=0.02) and not torch.equal(noise_ND[0], noise_ND[1])
+
+
+def test_the_weight_of_the_next_token_loss():
+    """Fixed, falling with the growth of blocks, or balanced by the losses of the step before, None of which is the first step's."""
+    _, _, settings = prepared("nbdiff", attention={"anneal_steps": 4})
+    assert [ar_weight_at(settings, step, None) for step in range(5)] == [0.5, 0.375, 0.25, 0.125, 0.0]
+    engine, stream, settings = prepared("i-dlm", objective={"ar_schedule": "balanced", "ar_weight": 2.0})
+    assert ar_weight_at(settings, 3, None) == 2.0 and ar_weight_at(settings, 3, 0.25) == 0.5
+    by_balance = []
+    for balance in (None, 0.25):
+        engine.denoiser.zero_grad()
+        by_balance.append(accumulate(engine, stream, settings, 3, balance).sums)
+    (first, second), ar_nll = by_balance, by_balance[0]["ar_nll"]
+    assert first["loss"] - second["loss"] == pytest.approx(1.5 * ar_nll, rel=1e-4) and ar_nll == second["ar_nll"]
+
+
+def test_adapters_and_noise_on_the_trained_row_of_the_mask():
+    """peft wraps the embedding then."""
+    model = attach_lora(rewritten("llama"), rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", mask_token_id=MASK, seed=0)
+    job = job_of("nbdiff", Store(), corruption={"embedding_noise": 0.3, "embedding_noise_steps": 4})
+    engine = make_engine(model=model, alignment=job.method.alignment)
+    stream, settings = batch_stream(job, engine.denoiser.spec), loop_settings_of(job, LENGTH)
+    sums, grads = gradient(engine, stream, settings, 3)
+    assert sums["loss"] != gradient(engine, stream, replace(settings, embedding_noise_steps=0), 3)[0]["loss"] and grads
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])

@@ -65,7 +65,6 @@ def test_the_published_normaliser_depends_on_the_split():
     ce_N = torch.nn.functional.cross_entropy(
         engine.denoiser(batch.x_t_BL, batch.masked_BL, batch.positions_BL, context_of(SETTINGS, 1)), batch.x_0_BL[batch.masked_BL], reduction="none"
     )  # fmt: skip
-    rows_N = batch.masked_BL.nonzero()[:, 0]
     total, num_masked = (ce_N / batch.t_BL[batch.masked_BL]).sum().item(), len(ce_N)
     assert losses[8] == pytest.approx(total / num_masked, rel=1e-5)
 

@@ -1,0 +1,42 @@
+"""What methods add beside the masked cross-entropy, on two processes under DeepSpeed: the single engine's numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command_line import SMALL, curve, write_corpus
+
+WORDS = [*SMALL, "train.steps=3", "train.log_steps=1", "train.adam_eps=1e-4", "eval.rows=4", "eval.draws=4", "run.folder=run"]
+CASES = {
+    "gidd, weights dealt out": ["method.name=gidd", "engine.zero_stage=3"],
+    "the frozen source beside the model": ["method.name=repr-align", "method.objective.teacher_kl=0.5", "engine.zero_stage=2"],
+    "a band that is looked for, in blocks": ["method.name=bd3lm", "method.corruption.band_search_steps=1", "engine.zero_stage=3"],
+}
+CLOSE = ("loss", "nelbo", "alignment", "teacher_kl", "gradient_norm", "band_low", "band_high")
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    from zygote import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case, zygote, tmp_path, tiny_checkpoints):
+    curves = []
+    for kind in (["engine.name=single"], ["engine.name=deepspeed", "--processes", "2"]):
+        folder = tmp_path / str(len(curves))
+        folder.mkdir()
+        write_corpus(folder)
+        status, text = zygote.run(folder, "adapt", tiny_checkpoints["llama"], *WORDS, *CASES[case], *kind)
+        assert status == 0, text
+        curves.append(curve(folder / "run" / "adapt"))
+    one, two = curves
+    assert len(one) == len(two) >= 3, json.dumps(two)
+    for line, other in zip(one, two, strict=True):
+        names = [name for name in CLOSE if name in line]
+        assert names and [other[name] for name in names] == pytest.approx([line[name] for name in names], rel=1e-5, abs=1e-6), line["step"]
