@@ -31,6 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import shutil  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -226,6 +227,7 @@ def adapted(options: argparse.Namespace, length: int) -> tuple[Any, Denoiser, li
     texts = []
     for line in (options.corpus / "validation.jsonl").read_text().splitlines()[:400]:
         texts.append(denoiser.tokenizer(json.loads(line)["text"])["input_ids"])
+    shutil.rmtree(folder)
     return AutoModelForCausalLM.from_pretrained(options.checkpoint).eval(), denoiser, texts
 
 

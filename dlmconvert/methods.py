@@ -149,7 +149,7 @@ METHODS = {
         ),
         PublishedMethod(
             name="nemotron",
-            paper="Nemotron-Labs-Diffusion (NVIDIA; recipe in NeMo Automodel)",
+            paper="Nemotron Labs Diffusion (NVIDIA; recipe in NeMo Automodel)",
             summary="context-causal attention, blocks of 32, in place, 0.3 x denoising + AR loss",
             choices={
                 "attention": {"pattern": "context_causal", "block_length": 32, "anneal": "none"},
@@ -172,7 +172,8 @@ METHODS = {
             },
             departs=(
                 "Blocks grow by doubling up to 3 (1, 2, 3: an epoch each in the paper). The code's labels are one place off at both ends of an answer; here the "
-                "token that is predicted decides. First tokens of blocks are predicted by the clean copy."
+                "token that is predicted decides. First tokens of blocks are predicted by the clean copy. The paper balances both losses for blocks of 3 only: "
+                "objective.ar_schedule=balanced with ar_weight=1 does so in a whole stage."
             ),
         ),
         PublishedMethod(

@@ -42,6 +42,11 @@ def newest_whole(stage: Path) -> int:
     return folder.newest_whole() or 0
 
 
+def newest_marked(stage: Path) -> int:
+    """As `newest_whole`, without reading the files: a kill must not be late."""
+    return max((int(path.parent.name.removeprefix("step-")) for path in (stage / "checkpoints").glob("step-*/COMPLETE")), default=0)
+
+
 def lines_of(stage: Path) -> int:
     path = stage / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -71,8 +76,7 @@ def kill_once(zygote, place: Path, command: list, stage: Path, draw: random.Rand
         return shown < target <= lines_of(stage)
 
     child.wait_for(reached, seconds=180)
-    kept, step, killed_at = newest_whole(stage), lines_of(stage), time.monotonic()
-    ranks = ranks_of(child)
+    ranks, kept, step, killed_at = ranks_of(child), newest_marked(stage), lines_of(stage), time.monotonic()
     if victim == "all" or len(ranks) < processes:
         victim = "all"
         child.send(signal.SIGKILL)

@@ -23,8 +23,8 @@ from dlmconvert.diffusion.fused_head import Score
 class Extras:
     """score: the loss of the chosen tokens in place of the weighted cross-entropy (`diffusion.fused_head.linear_scored`).
 
-    aligned_KND: hidden states of the frozen source behind each layer, at the positions `aligned_at_BS`; alignment_weight: what each
-    position's mean of 1 - cos over the layers is multiplied by (normaliser included).
+    aligned_KND: hidden states of the frozen source behind each layer, at the positions `aligned_at_BS`; alignment_weight: of the sum over
+    positions, divided by alignment_normaliser, of the mean of 1 - cos over the layers.
     balance_weight: of the router balance loss; real_BS: positions that are no padding (None: all are).
     noise: width -> noise_ND, added to the embeddings at `noised_BS`.
     found: what the forward has measured, by name, as tensors of no dimension without gradient.
@@ -34,6 +34,7 @@ class Extras:
     aligned_KND: list[torch.Tensor] | None = None
     aligned_at_BS: torch.Tensor | None = None
     alignment_weight: float = 0.0
+    alignment_normaliser: float = 1.0
     balance_weight: float = 0.0
     real_BS: torch.Tensor | None = None
     noise: Callable[[int], torch.Tensor] | None = None
@@ -53,8 +54,8 @@ class Extras:
         """The terms that are added to the loss, after the call."""
         total = torch.zeros((), device=output.logits.device)
         if self.aligned_KND is not None:
-            distance = misalignment(output.hidden_states[1:], self.aligned_KND, self.aligned_at_BS)
-            self.found["alignment"] = (self.alignment_weight * distance).detach()
+            distance = misalignment(output.hidden_states[1:], self.aligned_KND, self.aligned_at_BS) / self.alignment_normaliser
+            self.found["alignment"] = distance.detach()
             total = total + self.alignment_weight * distance
         if self.balance_weight:
             balance = router_balance(model, self._routed, self.real_BS)

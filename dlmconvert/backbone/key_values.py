@@ -38,6 +38,7 @@ class KeyValueStore(Cache):
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Forget all rows but these."""
         for layer in self.layers:
+            layer.num_rows = rows.shape[0]
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dlmconvert.errors import UserError, nearest
 
 _NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 # Buffers that old checkpoints stored and that models now compute. Dropped on purpose.
-_COMPUTED_BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+COMPUTED_BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 
 
 class NotFound(UserError):
@@ -117,17 +118,19 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", tru
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: the weights cannot be loaded", str(error).strip().splitlines()[0][:300], "is the folder complete? (model.safetensors, or the index and all shards)") from error
-    unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith(_COMPUTED_BUFFERS))
-    problems = {
-        "missing from the file": sorted(info["missing_keys"]),
-        "not used by the model": unexpected,
-        "of another shape": sorted(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]),
-    }
+    unexpected = [k for k in info["unexpected_keys"] if not k.endswith(COMPUTED_BUFFERS)]
+    mismatched = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    refuse_other_tensors(folder, model, info["missing_keys"], unexpected, mismatched)
+    return model
+
+
+def refuse_other_tensors(folder: Path, model: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:
+    """Raise UserError that lists the tensors when there are any."""
+    problems = {"missing from the file": sorted(missing), "not used by the model": sorted(unexpected), "of another shape": sorted(mismatched)}
     problems = {kind: names for kind, names in problems.items() if names}
     if problems:
         listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" for kind, names in problems.items())
         raise UserError(f"{folder}: the tensors are not those of {type(model).__name__}", listed, "the conversion is strict: mend the checkpoint, or name the right config")
-    return model
 
 
 def scratch_config(fields: dict[str, Any]) -> Any:
@@ -173,6 +176,11 @@ def save_model_folder(folder: Path, model: Any, tokenizer: Any, spec: DlmSpec | 
     dtype = dtype or model.dtype
     state = {name: _own_storage((t.to(dtype) if t.is_floating_point() else t).cpu()) for name, t in state.items()}
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    save_description(folder, model, tokenizer, spec, dtype)
+
+
+def save_description(folder: Path, model: Any, tokenizer: Any, spec: DlmSpec | None, dtype: torch.dtype) -> None:
+    """Everything of a model folder but its weights. model: may be on the meta device. dtype: of the saved floating-point tensors."""
     # Not model.config.save_pretrained(): `dlm` and `is_causal` are this project's words, and stay out of the live config.
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]

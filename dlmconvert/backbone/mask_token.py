@@ -110,24 +110,39 @@ def install_mask_token(model: Any, tokenizer: Any, choice: MaskChoice, init: str
     """
     rows = model.get_input_embeddings().weight.shape[0]
     existing = min(len(tokenizer), rows)
-    started = range(choice.id, choice.id + 1)
     if choice.adds_row:
         model.resize_token_embeddings(choice.id + 1, mean_resizing=False)
-        init = "mean" if init == "keep" else init
-        started = range(rows, choice.id + 1)
-    if not choice.is_word and init != "keep":
-        matrices = [model.get_input_embeddings().weight]
-        head = model.get_output_embeddings()
-        if head is not None and head.weight.data_ptr() != matrices[0].data_ptr():
-            matrices.append(head.weight)
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() != matrices[0].data_ptr():
+        matrices.append(head.weight)
+    with torch.no_grad():
         for matrix_VD in matrices:
-            real_VD = matrix_VD.detach()[:existing].float()
-            row_D = real_VD.mean(0)
-            if init == "normal":
-                generator = torch.Generator().manual_seed(seed)
-                row_D = row_D + real_VD.std(0) * torch.randn(row_D.shape, generator=generator)
-            with torch.no_grad():
-                matrix_VD[started.start : started.stop] = row_D.to(matrix_VD.dtype)
+            matrix_VD.copy_(with_mask_row(matrix_VD[:rows], choice, init, seed, existing))
+    tell_tokenizer(tokenizer, choice)
+
+
+def with_mask_row(matrix_VD: torch.Tensor, choice: MaskChoice, init: str, seed: int, existing: int) -> torch.Tensor:
+    """The embedding (or head) before the mask token -> the one with its row, as `init` says; the same tensor when no row is started.
+
+    existing: how many rows are tokens; the mean is taken over them.
+    """
+    if choice.is_word or (init == "keep" and not choice.adds_row):
+        return matrix_VD
+    real_VD = matrix_VD[:existing].float()
+    row_D = real_VD.mean(0)
+    if init == "normal":
+        generator = torch.Generator().manual_seed(seed)
+        row_D = row_D + real_VD.std(0) * torch.randn(row_D.shape, generator=generator)
+    rows = len(matrix_VD)
+    found_VD = matrix_VD.new_empty((max(rows, choice.id + 1), *matrix_VD.shape[1:]))
+    found_VD[:rows] = matrix_VD
+    found_VD[rows if choice.adds_row else choice.id : choice.id + 1] = row_D.to(matrix_VD.dtype)
+    return found_VD
+
+
+def tell_tokenizer(tokenizer: Any, choice: MaskChoice) -> None:
+    """The tokenizer knows the mask token under its id; a word stays what it is."""
     if choice.is_word:
         return
     if choice.id >= len(tokenizer):

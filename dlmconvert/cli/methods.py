@@ -36,11 +36,11 @@ def _table(rows) -> None:
     from dlmconvert.cli.console import out
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", style="bold", no_wrap=True)
-    for heading in ("paper", "attention", "alignment", "corruption", "objective"):
-        table.add_column(heading)
+    table.add_column("method", min_width=len("arXiv 2410.17891"), overflow="fold")
+    for heading, longest_word in (("attention", "causal_in_block,"), ("alignment", "alignment"), ("corruption", "complementary"), ("objective", "unweighted,")):
+        table.add_column(heading, min_width=len(longest_word))
     for row in rows:
-        table.add_row(row.name, row.paper, *(text for _, text in axes(row.choices)))
+        table.add_row(f"[bold]{row.name}[/]\n{row.paper}", *(text for _, text in axes(row.choices)))
     out(table)
     out("\ndlmconvert methods NAME: one method, and where it departs from its paper")
 
@@ -66,7 +66,7 @@ def axes(choices: dict) -> list[tuple[str, str]]:
     }[attention.anneal]  # fmt: skip
     if attention.block_length is not None:
         path = f"blocks of {attention.block_length} {path}"
-    steps = f" over {attention.anneal_steps:g} steps" if attention.anneal_steps is not None else ""
+    steps = f" over {_steps(attention.anneal_steps)}" if attention.anneal_steps is not None else ""
     noise = {
         "uniform": "t uniform", "stratified": "t stratified", "offset": "t evenly spaced", "antithetic": "t and 1 - t",
     }[corruption.noise_levels]  # fmt: skip
@@ -97,4 +97,4 @@ def axes(choices: dict) -> list[tuple[str, str]]:
 
 
 def _steps(value: float) -> str:
-    return f"{value:.0%} of the steps" if value < 1 else f"{value:g} steps"
+    return f"{100 * value:g}% of the steps" if value < 1 else f"{value:g} steps"

@@ -105,7 +105,7 @@ def prepare_rows(
             for number, (source, split) in enumerate(parts):
                 pieces = _pieces(source, split, held_tokens)
                 folder = shards_folder / f"part-{number}"
-                paths.append(_tokenise(pieces, folder, tokeniser, max_tokens, report, held_out=split is None))
+                paths.append(_tokenise(pieces, folder, tokeniser, max_tokens, report, split is None, row_length if split and held_tokens else 0))
         meta = {
             "kind": "text", "fingerprint": fingerprint, "row_length": row_length, "dtype": shard_format.dtype, "documents": documents,
         }  # fmt: skip
@@ -157,27 +157,28 @@ def _pieces(source: TextSource, split: Split | None, held_tokens: int | None) ->
 
 
 def _tokenise(
-    pieces: Iterable[Piece], folder: Path, tokeniser: Tokeniser, max_tokens: int | None, report: _Report, held_out: bool
+    pieces: Iterable[Piece], folder: Path, tokeniser: Tokeniser, max_tokens: int | None, report: _Report, held_out: bool, least_held: int
 ) -> list[Path]:
-    """The shard files of a source in order, up to the one in which `max_tokens` is reached.
+    """The shard files of a source in order, up to the one in which `max_tokens`, and `least_held` tokens of held-out text, are reached.
 
     What is under way ends where `max_tokens` are to be expected, by the tokens a character so far: about one shard too many is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     waiting: deque = deque()
     done: list[Path] = []
-    num_tokens = num_characters = under_way = 0
+    num_tokens = num_held = num_characters = under_way = 0
 
     def enough() -> bool:
-        nonlocal num_tokens, num_characters, under_way
+        nonlocal num_tokens, num_held, num_characters, under_way
         path, future, size = waiting.popleft()
         counts = future.result()
         done.append(path)
         num_tokens += counts[int(held_out)]
+        num_held += counts[1]
         num_characters += size
         under_way -= size
         report.shard(size, sum(counts))
-        return max_tokens is not None and num_tokens >= max_tokens
+        return max_tokens is not None and num_tokens >= max_tokens and num_held >= least_held
 
     def full() -> bool:
         if max_tokens is None or len(waiting) >= tokeniser.window:

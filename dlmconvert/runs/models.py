@@ -13,6 +13,7 @@ from typing import Any
 from dlmconvert.errors import UserError
 from dlmconvert.recipe.method import Method, anneal_steps_of, block_stages_of, edits_from, embedding_noise_steps_of
 from dlmconvert.recipe.optimization import Optimization
+from dlmconvert.runs.engines import SECTIONS
 from dlmconvert.runs.stage import StageContext
 
 
@@ -87,12 +88,12 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
     if spec.gated_adapter is not None and not (lora is not None and lora.gated and spec.gated_adapter == _gated(lora)):
         raise UserError(
             f"{job.source} has adapters that act on masks only", "its weights are the source's, and training them would lose that",
-            f"train the same adapters on: {SECTION[job.stage]}.lora={{gated: true, " + ", ".join(f"{k}: {v}" for k, v in spec.gated_adapter.items()) + "}",
+            f"train the same adapters on: {SECTIONS[job.stage]}.lora={{gated: true, " + ", ".join(f"{k}: {v}" for k, v in spec.gated_adapter.items()) + "}",
         )  # fmt: skip
     if lora is not None and lora.gated:
         if spec.mask_is_word:
             raise UserError(
-                f"{SECTION[job.stage]}.lora.gated=true with source.mask_token={spec.mask_token_id}, an ordinary word",
+                f"{SECTIONS[job.stage]}.lora.gated=true with source.mask_token={spec.mask_token_id}, an ordinary word",
                 "text contains it, and would open the gate", "leave source.mask_token out to have an unused one chosen",
             )  # fmt: skip
         model.requires_grad_(False)
@@ -123,9 +124,6 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
             "leave it out",
         )  # fmt: skip
     return Denoiser(model, spec, tokenizer, teacher_of(context, method), adapters), spec
-
-
-SECTION = {"pretrain": "pretrain", "adapt": "train", "sft": "sft"}  # stage: section of the recipe
 
 
 def _gated(lora: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dlmconvert.methods import METHODS
 from dlmconvert.recipe.method import Method
 from dlmconvert.recipe.schema import Recipe, text_sources
 from dlmconvert.runs.folder import RunFolder
+from dlmconvert.runs.preparing import build_scratch, prepare
 from dlmconvert.runs.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -44,90 +45,6 @@ def pretrain_job(context: StageContext) -> TrainingJob:
     return TrainingJob(
         "pretrain", context.recipe.pretrain, AR, scratch, "ar", stores, weights, held, context.recipe.data.documents == "isolated", anneal=False
     )
-
-
-def build_scratch(context: StageContext, folder: Path) -> None:
-    """A checkpoint folder with random weights and a tokenizer, from `source.scratch`."""
-    from dlmconvert.backbone.load import build_model, load_tokenizer, save_model_folder, scratch_config
-    from dlmconvert.backbone.scratch import train_tokenizer
-    from dlmconvert.data.sources import read_documents
-
-    source = context.recipe.source
-    assert source.scratch is not None
-    config = scratch_config(source.scratch)
-    vocab_size = config.get_text_config().vocab_size
-    if source.tokenizer:
-        tokenizer = load_tokenizer(source.tokenizer)
-    else:
-        if source.scratch_tokenizer == "bpe":
-            context.reporter.say(f"  training a byte-level BPE tokenizer of {vocab_size} tokens on data.train")
-        texts = (document.text for one in text_sources(context.recipe.data.train) for document in read_documents(one))
-        tokenizer = train_tokenizer(texts, vocab_size, source.scratch_tokenizer)
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"source.scratch.vocab_size={vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens", "", f"set source.scratch.vocab_size={len(tokenizer)}")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.get_text_config(), name, getattr(tokenizer, name))
-    model = build_model(config, source.seed)
-    _replace_folder(folder, lambda temporary: save_model_folder(temporary, model, tokenizer, spec=None))
-
-
-# prepare: load, check, choose the mask token, probe, write source/
-
-
-def prepare(context: StageContext) -> dict[str, Any]:
-    from dlmconvert.backbone.load import load_config, load_model, load_tokenizer, save_model_folder
-    from dlmconvert.backbone.mask_token import choose_mask_token, install_mask_token
-    from dlmconvert.backbone.rewrite import probe_family, rewrite_config
-    from dlmconvert.backbone.spec import DlmSpec
-
-    run, reporter, source = context.run, context.reporter, context.recipe.source
-    checkpoint, origin = _source_folder(context)
-    config = load_config(checkpoint, source.trust_remote_code)
-    probe_family(config, origin, source.trust_remote_code)
-    reporter.say(f"  {config.model_type}: attention follows every pattern that training will ask for (probed)")
-    for note in rewrite_config(config):
-        reporter.say(f"  {note}")
-    tokenizer = load_tokenizer(source.tokenizer or checkpoint, source.trust_remote_code)
-    model = load_model(checkpoint, config, "auto", source.trust_remote_code)
-    embedding_rows = model.get_input_embeddings().weight.shape[0]
-    choice = choose_mask_token(source.mask_token, tokenizer, embedding_rows, config.model_type)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # of ordinary text: the mask token and fillers before it are never produced
-    install_mask_token(model, tokenizer, choice, source.mask_init, source.seed)
-    reporter.say(f"  mask token {choice.text!r}, id {choice.id}: {choice.reason}")
-    spec = DlmSpec(
-        alignment=context.recipe.method.alignment,
-        mask_token_id=choice.id,
-        mask_is_word=choice.is_word,
-        vocab_size=vocab_size,
-        method=context.recipe.method.name,
-        trained="ar",
-    )
-    parameters = sum(p.numel() for p in model.parameters())
-    _replace_folder(run.model_folder("prepare"), lambda temporary: save_model_folder(temporary, model, tokenizer, spec))
-    return {"origin": origin, "parameters": parameters, "mask_token_id": choice.id, "mask_token": choice.text, "mask_reason": choice.reason}
-
-
-def _source_folder(context: StageContext) -> tuple[Path, str]:
-    """(checkpoint folder, its name for people)."""
-    from dlmconvert.backbone.load import NotFound, resolve_checkpoint
-
-    run, source = context.run, context.recipe.source
-    if source.model is not None:
-        try:
-            return resolve_checkpoint(source.model, source.revision), source.model
-        except NotFound as error:
-            if source.if_missing != "scratch":
-                raise
-            context.reporter.warn(
-                f"  !!! {error.what}\n  !!! source.if_missing=scratch: going on with RANDOM WEIGHTS of the same architecture. "
-                "This checks that everything runs; the model that comes out knows nothing."
-            )
-    elif context.recipe.pretrain is not None:
-        return run.model_folder("pretrain"), f"the AR model trained in {run.stage_folder('pretrain')}"
-    folder = run.path / "scratch"
-    if not (folder / "config.json").is_file():
-        build_scratch(context, folder)
-    return folder, "random weights (source.scratch)"
 
 
 # adapt, sft: the conversion itself
@@ -361,16 +278,6 @@ def show(context: StageContext) -> dict[str, Any]:
 
 def _is_code(recipe: Recipe) -> bool:
     return any("python" in source.path or "code" in source.path for source in text_sources(recipe.data.train))
-
-
-def _replace_folder(folder: Path, write: Any) -> None:
-    """write(temporary), then rename: the folder is whole or not there."""
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
 
 
 JOBS = {"pretrain": pretrain_job, "adapt": adapt_job, "sft": sft_job}  # what every rank trains; the rest of a stage is rank 0's

@@ -91,6 +91,8 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
         "gradient_checkpointing": settings.gradient_checkpointing,
         "rates": settings.rates.model_dump(),
     }
+    if engine.precision == "fp16" and values["device"].type == "cpu":
+        context.reporter.warn("  engine.precision=fp16 is for GPUs: most CPUs are many times slower in it than in fp32 or bf16")
     if engine.name == "single":
         denoiser, spec = trainable(context, job)
         return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, compile=engine.compile, **values), spec

@@ -174,17 +174,17 @@ def _step(canvas: Canvas, answers: list[_Answer], mask_token_id: int, end_id: in
     for answer in answers:
         columns = canvas.masked_BL[answer.row].nonzero()[:, 0]
         inside, outside = columns[: len(answer.tokens)], columns[len(answer.tokens) :]
-        held = torch.tensor([mask_token_id if token is None else token for token in answer.tokens], device=tokens_BL.device)
+        held = torch.tensor([mask_token_id if token is None else token for token in answer.tokens], dtype=torch.int64, device=tokens_BL.device)
         is_masked = torch.tensor([token is None and not answer.is_done for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device)
         if answer.is_done:
-            held = held.masked_fill(torch.tensor([token is None for token in answer.tokens], device=tokens_BL.device), end_id)
+            held = held.masked_fill(torch.tensor([token is None for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device), end_id)
         tokens_BL[answer.row, inside], masked_BL[answer.row, inside] = held, is_masked
         given_back_BL[answer.row, outside] = answer.is_done
         settled = inside[[i for i in sorted(answer.settled) if i < len(answer.tokens)]]
         committed_BL[answer.row, settled] = True
         confidence_BL[answer.row, inside] = torch.tensor(answer.confidence, device=tokens_BL.device)
         if answer.is_done:
-            given_back_BL[answer.row, inside] = torch.tensor([token is None for token in answer.tokens], device=tokens_BL.device)
+            given_back_BL[answer.row, inside] = torch.tensor([token is None for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device)
             answer.settled = set()
     confidence_BL = confidence_BL.masked_fill(~committed_BL, 0.0)
     return Step(step, tokens_BL, masked_BL, committed_BL, confidence_BL, given_back_BL, nfe)

@@ -222,9 +222,10 @@ class _Rounds:
         ragged = any(self.num_stored[row] != self.last[row] for row in self.rows)
         if ragged:  # the first forward: rows with shorter prompts have nothing in the first columns
             stored_R1 = torch.tensor([[self.num_stored[row]] for row in self.rows], device=self.device)
-            slots_RQ = slots_RQ.masked_fill((columns_RQ < stored_R1) & real_Q, self.nowhere)
+            is_padding_RQ = (columns_RQ < stored_R1) & real_Q
+            slots_RQ = slots_RQ.masked_fill(is_padding_RQ, self.nowhere)
             # Their queries stand for nothing, and softmax wants a key.
-            limits_RQ1 = torch.maximum(limits_RQ1, stored_R1[..., None])
+            limits_RQ1 = torch.where(is_padding_RQ[..., None], stored_R1[..., None], limits_RQ1)
             seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
         if any(self.begins):
             begins_R11 = torch.tensor([self.begins[row] for row in self.rows], device=self.device)[:, None, None]

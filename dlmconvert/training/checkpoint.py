@@ -52,10 +52,6 @@ class CheckpointFolder:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """`write` with the tensors in one file."""
-        return self.write(checkpoint.step, checkpoint.state, lambda folder: write_tensors(folder, checkpoint.tensors))
-
     def write(self, step: int, state: dict[str, Any], payload: Callable[[Path], None], ranks: Any = None) -> Path:
         """Write, mark, rename, prune. On failure the temporary folder is removed and older checkpoints stand.
 

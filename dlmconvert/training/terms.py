@@ -66,7 +66,7 @@ def add_source(
     if settings.alignment_weight:
         at_BL = predicting_positions(eligible_BL, denoiser.alignment)
         extras.aligned_KND, _ = denoiser.teacher.look(x_0_BL, positions_BL, segments_BL, at_BL, layers=True)
-        extras.aligned_at_BS, extras.alignment_weight = at_BL, settings.alignment_weight / num_eligible
+        extras.aligned_at_BS, extras.alignment_weight, extras.alignment_normaliser = at_BL, settings.alignment_weight, num_eligible
     if settings.teacher_kl:
         known_BL = masked_BL & predictable(torch.zeros_like(x_0_BL) if segments_BL is None else segments_BL, "shift")
         _, logits = denoiser.teacher.look(x_0_BL, positions_BL, segments_BL, predicting_positions(known_BL, "shift"), layers=False)

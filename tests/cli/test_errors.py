@@ -91,15 +91,15 @@ def test_conversations_that_are_not_there(place, tiny_checkpoints):
 
 
 def test_unexpected_errors_end_in_one_message(place, tiny_checkpoints, monkeypatch):
-    from dlmconvert.runs import stages
+    from dlmconvert.runs import preparing
 
     def breaks(*args):
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(stages, "_source_folder", breaks)
+    monkeypatch.setattr(preparing, "source_folder", breaks)
     told = dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL)
     assert told.code == 1 and "ZeroDivisionError: on purpose" in told.err and "--debug" in told.err
-    monkeypatch.setattr(stages, "_source_folder", lambda context: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried")))
+    monkeypatch.setattr(preparing, "source_folder", lambda context: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried")))
     told = dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL)
     assert told.code == 1 and "lower micro_batch" in told.err
     monkeypatch.undo()

@@ -177,7 +177,7 @@ def test_a_bound_holds_for_what_is_held_out_too(tmp_path, tokenizer, kind, small
     path.write_text("".join(texts)) if kind == "one text" else write_jsonl(path, [{"text": text} for text in texts])
     (everything,), all_held = prepare(path, tokenizer, tmp_path / "cache", validation=0.2)
     (train,), held = prepare(path, tokenizer, tmp_path / "cache", validation=0.2, max_tokens=1000)
-    assert train.num_tokens == 1000 and 100 < held.num_tokens <= 250 and all_held.num_tokens > 1000
+    assert train.num_tokens == 1000 and ROW_LENGTH <= held.num_tokens <= 250 and all_held.num_tokens > 1000
     for some, whole in ((train, everything), (held, all_held)):
         assert (stream(some) == stream(whole)[: some.num_tokens]).all()
     (_,), one_row = prepare(path, tokenizer, tmp_path / "cache", validation=0.02, max_tokens=100)

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import build, denoiser, known_answers
+from tiny_models import FAMILIES, build, denoiser, known_answers, rewritten
 
+from dlmconvert.backbone.rewrite import call_model
 from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowed_matrix, realise
 from dlmconvert.diffusion.block_attention import sees_at_inference
 from dlmconvert.diffusion.likelihood import block_nelbo_draw
 from dlmconvert.diffusion.objective import cross_entropy
-from dlmconvert.diffusion.streams import block_numbers, block_starts
+from dlmconvert.diffusion.streams import block_numbers, block_starts, two_streams
 
 PICTURES = {  # queries n0 n1 n2 n3 c0 c1 c2 c3; keys the same: BD3-LM, NBDiff, I-DLM for L = 4, L' = 2
     "block_causal": "11000000 11000000 00111100 00111100 00001100 00001100 00001111 00001111",
@@ -53,6 +54,26 @@ def test_blocks_of_documents_are_those_of_the_documents_alone(pattern):
         expected[places[:, None], places] = alone
         first += n
     assert torch.equal(whole, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_dense_masks_give_the_same_logits_in_every_family(family):
+    """Boolean for sdpa, additive for eager; packed documents, blocks that restart with them; no clean state sees noise."""
+    length, cut = 20, 9
+    segments_BL = (torch.arange(length) >= cut).long().expand(2, length)
+    positions_BL = torch.arange(length) - cut * segments_BL
+    x_0_BL = torch.randint(3, 200, (2, length), generator=torch.Generator().manual_seed(1))
+    x_t_BL = x_0_BL.masked_fill(torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.5, 290)
+    kernels = ("sdpa", "eager") if family != "gemma2" else ("eager",)
+    models = [rewritten(family, attention=kernel) for kernel in kernels]
+    for pattern in TWO_STREAMS:
+        context = AttentionContext(pattern=pattern, block_length=4, length=length, segments_BL=segments_BL, blocks_BL=block_numbers(positions_BL, 4))
+        logits = [call_model(model, *two_streams(x_t_BL, x_0_BL, positions_BL), context).logits for model in models]
+        torch.testing.assert_close(logits[0], logits[-1], rtol=1e-4, atol=2e-5)
+        clean = call_model(models[0], *two_streams(x_0_BL, x_0_BL, positions_BL), context).logits
+        torch.testing.assert_close(clean[:, length:], logits[0][:, length:], rtol=1e-4, atol=2e-5)
+        assert not torch.allclose(clean[:, :length], logits[0][:, :length], atol=1e-3)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

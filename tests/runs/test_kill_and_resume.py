@@ -18,8 +18,8 @@ PLACES = {
     "adapt": [
         ("dlmconvert.runs.folder", "RunFolder.write_recipe", 1, "before"),
         ("dlmconvert.runs.folder", "RunFolder.update_stage", 1, "before"),
-        ("dlmconvert.backbone.load", "save_model_folder", 1, "after"),
-        ("dlmconvert.runs.stages", "_replace_folder", 1, "after"),
+        ("dlmconvert.backbone.streaming", "_write_shards", 1, "after"),
+        ("dlmconvert.runs.preparing", "replace_folder", 1, "after"),
         ("dlmconvert.data.tokenising", "write_shard", 1, "before"),
         ("dlmconvert.data.packing", "_tokenise", 1, "after"),
         ("dlmconvert.data.packing", "_concatenate", 2, "before"),

@@ -229,3 +229,9 @@ def test_bounds_in_a_text():
     for text, message in (("[[MASK:5-4]]", "must rise"), ("[[MASK:0-4]]", "at least 1"), ("[[MASK:4-]]", "malformed")):
         with pytest.raises(ValueError, match=message):
             parse_gaps(text)
+
+
+def test_a_row_with_nothing_to_grow_stands_beside_one_that_grows():
+    canvas = build_canvas([[1, 2], [3] + [None] * 12], 0)
+    last = list(denoise(HashPredictor(), canvas, initial_length=4, end_ids=[7]))[-1]
+    assert canvas.rows(last.tokens_BL)[0] == [1, 2] and not bool(last.masked_BL.any())

@@ -10,7 +10,7 @@ import torch
 
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.training import checkpoint as module
-from dlmconvert.training.checkpoint import COMPLETE, Checkpoint, CheckpointFolder
+from dlmconvert.training.checkpoint import COMPLETE, Checkpoint, CheckpointFolder, write_tensors
 
 
 def make(step):
@@ -20,6 +20,11 @@ def make(step):
         "optimizer/step/a": torch.tensor(float(step)), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6, generator=generator).T,
     }  # fmt: skip
     return Checkpoint(step, tensors, {"identity": "x", "metrics": {"sums": {"loss": 0.1 + 0.2}, "num_steps": 1}})
+
+
+def save(folder, checkpoint):
+    """As the single-device engine does it."""
+    return folder.write(checkpoint.step, checkpoint.state, lambda temporary: write_tensors(temporary, checkpoint.tensors))
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def test_nothing_there(store):
 
 def test_bit_equal_and_pruned(store):
     for step in (5, 10, 15, 20):
-        store.save(make(step))
+        save(store, make(step))
     assert store.steps() == [15, 20] and sorted(p.name for p in store.folder.iterdir()) == ["step-000015", "step-000020"]
     assert equal(store.load_newest(), make(20)) and equal(store.load(15), make(15))
     listing = json.loads((store.path(20) / COMPLETE).read_text())
@@ -52,9 +57,9 @@ def test_bit_equal_and_pruned(store):
 
 
 def test_saving_a_step_twice_is_harmless(store):
-    path = store.save(make(5))
+    path = save(store, make(5))
     stamp = (path / COMPLETE).stat().st_mtime_ns
-    assert store.save(make(5)) == path and (path / COMPLETE).stat().st_mtime_ns == stamp
+    assert save(store, make(5)) == path and (path / COMPLETE).stat().st_mtime_ns == stamp
 
 
 def truncate(path):
@@ -81,7 +86,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_falls_back_with_a_warning(store, kind):
     for step in (5, 10):
-        store.save(make(step))
+        save(store, make(step))
     DAMAGE[kind][0](store.path(10))
     assert equal(store.load_newest(), make(5))
     assert len(store.warnings) == 1 and "step-000010" in store.warnings[0] and DAMAGE[kind][1] in store.warnings[0]
@@ -89,30 +94,30 @@ def test_damage_falls_back_with_a_warning(store, kind):
 
 def test_a_damaged_checkpoint_is_written_anew_and_never_pushes_out_a_whole_one(store):
     for step in (5, 10):
-        store.save(make(step))
+        save(store, make(step))
     flip(store.path(10))
     store.load_newest()
-    store.save(make(7))  # saved by time, before step 10 is reached again
+    save(store, make(7))  # saved by time, before step 10 is reached again
     assert store.steps() == [5, 7]
-    store.save(make(10))
+    save(store, make(10))
     assert store.steps() == [7, 10] and store.damage(10) is None and equal(store.load_newest(), make(10))
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_same_step(store):
-    store.save(make(5))
-    store.save(make(10))
+    save(store, make(5))
+    save(store, make(10))
     flip(store.path(10))
     store.load_newest()
-    store.save(make(10))
+    save(store, make(10))
     assert equal(store.load_newest(), make(10)) and store.steps() == [5, 10]
 
 
 def test_without_complete_it_does_not_exist(store):
-    store.save(make(5))
-    store.save(make(10))
+    save(store, make(5))
+    save(store, make(10))
     (store.path(10) / COMPLETE).unlink()
     assert store.steps() == [5] and equal(store.load_newest(), make(5)) and store.warnings == []
-    store.save(make(10))
+    save(store, make(10))
     assert equal(store.load_newest(), make(10))
 
 
@@ -124,7 +129,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_killed_in_the_middle_of_a_save(store, monkeypatch, function, call):
     """At whatever point: the older checkpoint or the new one, whole; and the next save works."""
-    store.save(make(5))
+    save(store, make(5))
     real = {"file_hash": module.file_hash, "_flush": module._flush, "os.rename": module.os.rename, "shutil.rmtree": shutil.rmtree}[function]
     calls = 0
 
@@ -138,7 +143,7 @@ def test_killed_in_the_middle_of_a_save(store, monkeypatch, function, call):
     with monkeypatch.context() as patch:
         patch.setattr(f"{module.__name__}.{function}", dies)
         try:
-            store.save(make(10))
+            save(store, make(10))
         except Killed:
             pass
     fresh = CheckpointFolder(store.folder, keep=2, warn=store.warnings.append)
@@ -146,13 +151,13 @@ def test_killed_in_the_middle_of_a_save(store, monkeypatch, function, call):
     assert equal(newest, make(newest.step)) and newest.step in (5, 10) and store.warnings == []
     fresh.clear_unfinished()
     assert not list(store.folder.glob(".writing-*"))
-    fresh.save(make(10))
+    save(fresh, make(10))
     assert equal(fresh.load_newest(), make(10))
 
 
 def test_killed_while_pruning(store, monkeypatch):
     for step in (5, 10):
-        store.save(make(step))
+        save(store, make(step))
     real = shutil.rmtree
 
     def dies(path, **kwargs):
@@ -163,7 +168,7 @@ def test_killed_while_pruning(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "rmtree", dies)
         with pytest.raises(Killed):
-            store.save(make(15))
+            save(store, make(15))
     assert store.steps() == [10, 15] and equal(store.load_newest(), make(15))
 
 
@@ -171,7 +176,7 @@ def test_killed_while_pruning(store, monkeypatch):
 def test_a_full_disk(store, monkeypatch, error):
     import safetensors.torch
 
-    store.save(make(5))
+    save(store, make(5))
 
     def full(*args, **kwargs):
         raise error
@@ -179,9 +184,9 @@ def test_a_full_disk(store, monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(UserError) as caught:
-            store.save(make(10))
+            save(store, make(10))
     assert caught.value.exit_code == EXIT_FAILED == 1
     assert "No space left" in str(caught.value) and "checkpoint of step 5 stands" in str(caught.value)
     assert equal(store.load_newest(), make(5)) and not list(store.folder.glob(".writing-*"))
-    store.save(make(10))
+    save(store, make(10))
     assert equal(store.load_newest(), make(10))

@@ -12,9 +12,10 @@ import torch
 from command_line import SMALL, curve, works, write_corpus
 from memory_stream import make_engine
 from test_loop import close
-from tiny_models import VOCAB, build, denoiser, rewritten
+from tiny_models import VOCAB, build, config_of, denoiser, rewritten
 
 from dlmconvert.backbone.adapters import attach_lora
+from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.teacher import Teacher
 from dlmconvert.data.loader import positions
 from dlmconvert.data.rows import Rows
@@ -23,6 +24,7 @@ from dlmconvert.diffusion.streams import block_starts
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.load import validate
 from dlmconvert.runs.models import TrainingJob, batch_stream, loop_settings_of
+from dlmconvert.training.engine import enable_gradient_checkpointing
 from dlmconvert.training.loop import accumulate
 from dlmconvert.training.losses import ar_weight_at, batch_loss, context_of
 from dlmconvert.training.terms import embedding_noise
@@ -178,6 +180,13 @@ def test_adapters_and_noise_on_the_trained_row_of_the_mask():
     assert sums["loss"] != gradient(engine, stream, replace(settings, embedding_noise_steps=0), 3)[0]["loss"] and grads
 
 
+def test_a_source_that_asks_for_its_own_balance_loss_is_told_not_to():
+    """transformers would compute it from a mask that it cannot read."""
+    config = config_of("mixtral", output_router_logits=True)
+    notes = rewrite_config(config)
+    assert config.output_router_logits is False and any("output_router_logits" in note for note in notes) and config.router_aux_loss_coef > 0
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 @pytest.mark.parametrize("name", ["llada", "nbdiff"])
 def test_the_balance_of_experts_is_the_familys_own(family, name):
@@ -204,6 +213,32 @@ def test_the_balance_of_experts_is_the_familys_own(family, name):
     store = Store("padded")
     store.tokens_RL = torch.where(torch.arange(LENGTH) >= store.cuts_R[:, None], 7, store.tokens_RL)
     assert gradient(*prepared(name, store, family=family), 3)[0]["router_balance"] == pytest.approx(padded, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "family"), [("gidd", "llama"), ("repr-align", "gpt2"), ("llada", "qwen3_moe"), ("seed-edit", "llama"), ("i-dlm", "mixtral")])
+def test_recomputed_activations_change_nothing(name, family):
+    """Hidden states and routers that are looked at lie inside of what is recomputed."""
+    engine, stream, settings = prepared(name, family=family)
+    sums, full = gradient(engine, stream, settings, 6)
+    enable_gradient_checkpointing(engine.model)
+    other, frugal = gradient(engine, stream, settings, 6)
+    assert other == pytest.approx(sums, rel=1e-6)
+    close(frugal, full, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["gidd", "repr-align", "seed-edit", "nbdiff"])
+def test_half_precision_gives_nearly_the_same_gradient(name):
+    """bfloat16 forward and backward, float32 losses and weights: 2 percent of the loss, and the direction of the gradient."""
+    choices = {"objective": {"teacher_kl": 0.5}} if name == "repr-align" else {}
+    found = []
+    for precision in ("fp32", "bf16"):
+        engine, stream, settings = prepared(name, **choices)
+        engine.precision = precision
+        found.append(gradient(engine, stream, settings, 6))
+    (sums, full), (other, half) = found
+    assert other["loss"] == pytest.approx(sums["loss"], rel=0.02) and {g.dtype for g in half.values()} == {torch.float32}
+    flat, flat_half = (torch.cat([g.flatten() for g in grads.values()]) for grads in (full, half))
+    assert float(torch.nn.functional.cosine_similarity(flat, flat_half, dim=0)) > 0.99 and float(flat_half.norm() / flat.norm()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "nbdiff", "i-dlm", "fast-dllm-v2"])
@@ -249,7 +284,10 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+TYPED_ELSEWHERE = ("diffullama", "dream", "llada", "ar", "bd3lm", "i-dlm", "gidd", "repr-align")  # thin line, compare, ranks, bands, gated adapters
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in TYPED_ELSEWHERE])
 def test_each_method_trains_from_the_command_line(name, place, tiny_checkpoints, monkeypatch):
     """Two steps; the model folder says which choices it was trained with."""
     monkeypatch.chdir(place)

@@ -1,0 +1,60 @@
+"""Whatever is combined: drawn settings on tiny real models. Nothing given changes, no mask is left or written, a row of a batch is the
+row alone, and a block model gives the same tokens with its cache and without."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tiny_decoders import denoiser_of
+
+from dlmconvert.sampling.canvas import build_canvas
+from dlmconvert.sampling.denoise import denoise, generate
+
+_MODELS: dict = {}
+ENDS = list(range(0, 290, 9))
+
+
+def drawn(seed: int):
+    """(model, rows, settings): some rows have nothing to fill, one token, or gaps."""
+    r = random.Random(seed)
+    pattern = r.choice(["bidirectional", "block_causal", "context_causal", "causal_in_block"])
+    key = (r.choice(["gpt2", "llama", "qwen3"]), pattern, r.choice(["shift", "in_place"]), None if pattern == "bidirectional" else r.choice([2, 3, 7]))
+    if key not in _MODELS:
+        _MODELS[key] = denoiser_of(*key)
+    rows = []
+    for _ in range(r.randint(1, 4)):
+        row = [r.randint(0, 290) for _ in range(r.randint(1, 9))] + [None] * r.randint(0, 12)
+        if pattern == "bidirectional":
+            row[1:] = [r.choice([None, r.randint(0, 290)]) if r.random() < 0.2 else token for token in row[1:]]
+        rows.append(row)
+    how = {"order": r.choice(["random", "confidence", "entropy", "margin", "left_to_right", "first_hitting"]), "seed": seed}
+    how |= r.choice([{}, {}, {"temperature": 0.7, "top_p": r.choice([None, 0.9]), "top_k": r.choice([None, 20])}])
+    how |= r.choice([{}, {"threshold": 0.05}, {"factor": 1.5}, {"entropy_bound": 4.0}, *({"budget": b} for b in ("even", "ancestral", "dream", "llada"))])
+    how |= r.choice([{}, {}, {"cfg_scale": 0.7}, {"repetition_penalty": 1.3}]) | r.choice([{}, {"end_ids": ENDS}])
+    if pattern == "bidirectional":
+        how |= {"block_length": r.choice([None, 2, 5]), "cache": r.choice([None, "prefix", "dual"])}
+    elif pattern != "block_causal":
+        how |= {"block_length": r.choice([None, 1, 6])}
+        if r.random() < 0.3:
+            how = {"draft_length": r.choice([1, 2, 5]), "seed": seed, "temperature": r.choice([0.0, 0.7])} | r.choice([{}, {"end_ids": ENDS}])
+    return _MODELS[key], rows, how
+
+
+@pytest.mark.parametrize("first_seed", [0, 10, 20, 30, 40, 320])
+def test_any_combination(first_seed):
+    for seed in range(first_seed, first_seed + 10):
+        model, rows, how = drawn(seed)
+        keys = [100 + seed + i for i in range(len(rows))]
+        canvas = build_canvas(rows, 0, row_keys=keys)
+        tokens_BL, masked_BL = canvas.tokens_BL, canvas.masked_BL
+        for step in denoise(model, canvas, **how):
+            tokens_BL, masked_BL = step.tokens_BL, step.masked_BL
+        filled = canvas.rows(tokens_BL)
+        assert not bool(masked_BL.any()), (seed, how)
+        for number, (row, tokens) in enumerate(zip(rows, filled, strict=True)):
+            assert model.mask_token_id not in tokens and all(given in (None, token) for given, token in zip(row, tokens, strict=True)), (seed, how)
+            alone = build_canvas([row], 0, row_keys=[keys[number]])
+            assert alone.rows(generate(model, alone, **how).tokens_BL) == [tokens], (seed, number, how)
+        if model.attention != "bidirectional" and "draft_length" not in how:
+            assert canvas.rows(generate(model, canvas, cache="none", **how).tokens_BL) == filled, (seed, how)
