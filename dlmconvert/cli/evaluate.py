@@ -23,11 +23,13 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     retention: Annotated[bool, typer.Option("--retention", help="How much of the AR source is left, instead of the likelihood.")] = False,
+    delta_nll: Annotated[bool, typer.Option("--delta-nll", help="How much likelier true continuations are than others, instead of the likelihood.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="PNG of --retention (default: plots/retention.png of the run).")] = None,
     json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """NELBO in nats a token and bits a byte, with its standard error, beside the AR source's NLL. With --retention: what is left of that source."""
     from dlmconvert.cli.console import ConsoleReporter, console, out
+    from dlmconvert.errors import UserError
     from dlmconvert.recipe.schema import Evaluation
     from dlmconvert.runs.evaluations import evaluate_model, measure_retention
     from dlmconvert.runs.folder import find_model
@@ -37,6 +39,8 @@ def evaluate(
     defaults = location.run.recipe().eval if location.run is not None else Evaluation()
     chosen = Evaluation(rows=rows or defaults.rows, draws=draws or defaults.draws, batch=batch or defaults.batch, seed=seed)
     reporter = ConsoleReporter()
+    if retention and delta_nll:
+        raise UserError("--retention and --delta-nll are two measurements", "", "ask for one at a time")
     if retention:
         if draws is not None or seed:
             reporter.warn("--draws and --seed have no part in --retention: it reads clean text")
@@ -45,9 +49,12 @@ def evaluate(
         return
     if plot is not None:
         reporter.warn("--plot is ignored: it belongs to --retention")
-    results = evaluate_model(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device)
+    results = evaluate_model(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device, delta_nll=delta_nll)
     if json:
         out(json_module.dumps(results, indent=1))
+        return
+    if delta_nll:
+        _show_delta_nll(results)
         return
     from rich.table import Table
 
@@ -56,6 +63,20 @@ def evaluate(
         bound = "<= " if row["kind"] == "nelbo" else ""
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         table.add_row(row["what"], f"{bound}{row['nats_per_token']:.4f}", "" if row["standard_error"] is None else f"{row['standard_error']:.4f}", bits, f"{row['tokens']:,}", str(row["draws"]))
+    out(table)
+
+
+def _show_delta_nll(results: list[dict]) -> None:
+    from rich.table import Table
+
+    from dlmconvert.cli.console import out
+
+    table = Table("", "delta-NLL", "standard error", "true continuation", "others", "true one chosen", "rows", "draws", box=None)
+    for row in results:
+        what, error = row["what"].partition(" of ")[2], row["standard_error"]
+        bound = "<= " if row["kind"] == "nelbo" else ""
+        numbers = (f"{bound}{row['truth']:.4f}", f"{bound}{row['distractors']:.4f}", f"{row['accuracy']:.1%}")
+        table.add_row(what, f"{row['delta']:.4f}", "" if error is None else f"{error:.4f}", *numbers, str(row["rows"]), str(row["draws"]))
     out(table)
 
 

@@ -146,11 +146,22 @@ class Export(Section):
     stage: Literal["sft", "adapt"] | None = None
     """Which stage's model is exported. Empty: the last one that is finished."""
     steps: Positive = 64
-    """Sampling steps in generation_config.json."""
+    """Sampling steps in generation_config.json. Block models, and the bounds below, take what they need instead."""
     max_new_tokens: Positive = 64
     temperature: Annotated[float, Field(ge=0)] = 0.9
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    order: Literal["random", "confidence", "entropy", "margin"] = "random"
+    order: Literal["random", "confidence", "entropy", "margin", "left_to_right", "first_hitting"] = "random"
+    """Which masked positions are filled first (docs/sampling.md)."""
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Commit every token that the model is at least this sure of, in place of fixed steps."""
+    factor: Annotated[float, Field(gt=0)] | None = None
+    """Fast-dLLM's factor rule (0.7 to 1.9), in place of fixed steps."""
+    entropy_bound: Annotated[float, Field(ge=0)] | None = None
+    """EB-Sampler's bound in nats (0.001 to 1), in place of fixed steps."""
+    block_length: Positive | None = None
+    """Fill block after block from the left. Block models have their own."""
+    cache: Literal["none", "prefix", "dual", "block"] | None = None
+    """`prefix`, `dual`: approximate, bidirectional models; `block`: exact, block models, which take it by default."""
 
 
 class Run(Section):
@@ -210,6 +221,9 @@ def contradictions(recipe: Recipe):
             yield f"{section}.micro_batch={values.micro_batch} is larger than {section}.rows_per_step={values.rows_per_step}"
         if values.warmup_steps > values.steps:
             yield f"{section}.warmup_steps={values.warmup_steps} is longer than {section}.steps={values.steps}"
+    bounds = [name for name in ("threshold", "factor", "entropy_bound") if getattr(recipe.export, name) is not None]
+    if len(bounds) > 1:
+        yield f"export.{bounds[0]} and export.{bounds[1]} both say how many tokens a step commits: leave one out"
     if len(set(recipe.stages)) != len(recipe.stages):
         yield f"stages names a stage twice: {recipe.stages}"
     streamed = [s for s in text_sources(recipe.data.train) if s.streaming]

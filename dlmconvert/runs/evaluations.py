@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dlmconvert.evaluation.retention import Retention
 
 
+_DISTRACTORS = 3  # four choices, as most multiple-choice tasks have
+
+
 def evaluate_model(
     location: ModelLocation,
     evaluation: Evaluation,
@@ -25,10 +28,12 @@ def evaluate_model(
     source: str | None,
     row_length: int | None,
     device: str,
+    delta_nll: bool = False,
 ) -> list[dict[str, Any]]:
     """NELBO of the model, and NLL of the AR source when there is one, on the same rows.
 
-    data: a text of the user's own; without it the run's held-out rows. Raises UserError when there is neither.
+    data: a text of the user's own; without it the run's held-out rows. delta_nll: how much likelier the second half of a row is than
+    those of other rows (evaluation/delta_nll.py), instead of the likelihood. Raises UserError when there is no text, or too little.
     """
     from dlmconvert.backbone.load import load_tokenizer, resolve_checkpoint
 
@@ -39,7 +44,10 @@ def evaluate_model(
             asked.append(("NLL of the AR source", resolve_checkpoint(source), "causal"))
         elif location.run is not None:
             asked.append(("NLL of the AR source", location.run.model_folder("prepare"), "causal"))
-        return _score(asked, rows, tokenizer, evaluation, reporter, device)
+        if delta_nll and min(evaluation.rows, rows.num_rows) <= _DISTRACTORS:
+            least = f"{_DISTRACTORS + 1} rows: a text and {_DISTRACTORS} others"
+            raise UserError(f"delta-NLL needs at least {least}", f"{min(evaluation.rows, rows.num_rows)} are scored here", "--rows, or more text: --data FILE")
+        return _score(asked, rows, tokenizer, evaluation, reporter, device, delta_nll)
 
 
 def measure_retention(
@@ -141,8 +149,9 @@ def _held_out_rows(location: ModelLocation, tokenizer: Any, reporter: Reporter, 
         yield rows
 
 
-def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, reporter: Reporter, device: str) -> list[dict[str, Any]]:
+def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, reporter: Reporter, device: str, delta_nll: bool) -> list[dict[str, Any]]:
     from dlmconvert.backbone.load import load_denoiser
+    from dlmconvert.evaluation.delta_nll import measure_delta_nll
     from dlmconvert.evaluation.nelbo import measure_likelihood
 
     results = []
@@ -151,11 +160,14 @@ def _score(asked: Any, rows: Any, tokenizer: Any, evaluation: Evaluation, report
         _require_same_tokens(denoiser, tokenizer, folder)
         if denoiser.spec.attention == "causal":
             what = "NLL" + what.removeprefix("NELBO") if what.startswith("NELBO") else what
-        with reporter.progress(what, min(evaluation.rows, rows.num_rows) * (1 if denoiser.spec.attention == "causal" else evaluation.draws)) as bar:
-            found = measure_likelihood(
-                denoiser, rows, num_rows=evaluation.rows, draws=evaluation.draws, batch=evaluation.batch, seed=evaluation.seed,
-                advance=bar.advance,
-            )  # fmt: skip
+        forwards = min(evaluation.rows, rows.num_rows) * (1 if denoiser.spec.attention == "causal" else evaluation.draws)
+        how = {"num_rows": evaluation.rows, "draws": evaluation.draws, "batch": evaluation.batch, "seed": evaluation.seed}
+        with reporter.progress(what, forwards * (1 + _DISTRACTORS if delta_nll else 1)) as bar:
+            if delta_nll:
+                half = rows.row_length // 2
+                found = measure_delta_nll(denoiser, rows, num_distractors=_DISTRACTORS, prefix_length=half, advance=bar.advance, **how)
+            else:
+                found = measure_likelihood(denoiser, rows, advance=bar.advance, **how)
         results.append({"what": what, **found.to_dict()})
     return results
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.method import Method
-from dlmconvert.recipe.schema import Recipe, text_sources
+from dlmconvert.recipe.schema import Export, Recipe, text_sources
 from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.preparing import build_scratch, prepare
 from dlmconvert.runs.stage import Stage, StageContext
@@ -234,17 +234,23 @@ def export_model(context: StageContext, model_folder: Path, target: Path, stage:
         target,
         settings.profile,
         card=facts,
-        generation={
-            "steps": settings.steps,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "alg": settings.order,
-        },
+        generation=_sampler(settings),
         progress=lambda text: context.reporter.say(f"  {text}"),
     )
     context.reporter.say(f"  {target}: {len(report.files)} files, {report.num_bytes / 1e6:.1f} MB, verified in a fresh process")
     return {"folder": str(target), "files": report.files, "checks": report.checks, "stage": stage}
+
+
+def _sampler(settings: Export) -> dict[str, Any]:
+    """The defaults of generation_config.json. A bound decides how many steps there are, and so does first_hitting."""
+    shared = ("max_new_tokens", "temperature", "top_p", "block_length", "cache", "threshold", "factor", "entropy_bound")
+    chosen = {name: getattr(settings, name) for name in shared if getattr(settings, name) is not None}
+    is_bound = any(name in chosen for name in ("threshold", "factor", "entropy_bound"))
+    if not is_bound and settings.order != "first_hitting":
+        chosen["steps"] = settings.steps
+    if not (is_bound and settings.order == "random"):  # by the reading of the bound, then
+        chosen["alg"] = settings.order
+    return chosen
 
 
 # report: what a person looks at in the end

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import SMALL, fails, works, write_corpus
 from tiny_models import VOCAB, build, denoiser
 
 from dlmconvert.evaluation.delta_nll import measure_delta_nll
@@ -73,3 +75,15 @@ def test_one_target_needs_one_draw(model, rows):
     whole = measure_likelihood(denoiser(model, attention="causal"), rows, num_rows=6, draws=1, batch=6, seed=0)
     truth = measure_delta_nll(denoiser(model, attention="causal"), rows, batch=6, **HOW | {"prefix_length": 1}).truth
     assert truth == pytest.approx(whole.nats_per_token, rel=1e-5), "behind a prefix of one token it is the likelihood of the row"
+
+
+def test_the_command(tiny_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    works("adapt", tiny_checkpoints["gpt2"], *SMALL, "run.folder=runs/tiny")
+    told = works("eval", "--delta-nll")
+    model, source = json.loads(works("eval", "--delta-nll", "--json").out)
+    assert (model["kind"], source["kind"], model["rows"], model["num_distractors"]) == ("nelbo", "nll", 4, 3)
+    assert all(f"{row[name]:.4f}" in told.out for row in (model, source) for name in ("delta", "truth", "distractors"))
+    assert "at least 4 rows" in fails(2, "eval", "--delta-nll", "--rows", 3)
+    assert "one at a time" in fails(2, "eval", "--delta-nll", "--retention")
