@@ -26,9 +26,12 @@ def plain_head(model: Any) -> nn.Linear | None:
         return None
     answers: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: answers.append(output))
+    device = next(model.parameters()).device
     try:
-        tokens_BL = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-        logits = model(input_ids=tokens_BL, position_ids=torch.arange(2, device=tokens_BL.device)[None], use_cache=False).logits
+        tokens_BL = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        # The dropout of adapters draws here as well: draws that no step must miss.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            logits = model(input_ids=tokens_BL, position_ids=torch.arange(2, device=device)[None], use_cache=False).logits
     finally:
         handle.remove()
     is_plain = len(answers) == 1 and answers[0].shape == logits.shape and torch.equal(answers[0].float(), logits.float())
