@@ -88,7 +88,7 @@ class Data(Section):
     row_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a row (the context length in training)."""
     max_tokens: Positive | None = None
-    """Stop tokenising a source after so many tokens."""
+    """Train on the first so many tokens of each source; a held-out fraction gets its share beside them."""
     documents: Literal["joined", "isolated"] = "joined"
     """`joined`: tokens of a row see all of it, as DiffuLLaMA; `isolated`: attention stops at document boundaries and positions restart."""
     cache: str | None = Field(default=None, json_schema_extra=SAFE)
