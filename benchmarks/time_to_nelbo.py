@@ -16,17 +16,25 @@ import sys
 from pathlib import Path
 
 AT_ONCE = ("method.attention.anneal=none", "method.attention.anneal_steps=null")
-UNWEIGHTED = ("method.objective.weight=unweighted", "method.objective.normaliser=masked")
-THIRD = ("train.steps=333",)
-SMALL = ("train.rows_per_step=4", "train.micro_batch=4", "train.steps=1332", "train.warmup_steps=100")
+UNWEIGHTED = (*AT_ONCE, "method.objective.weight=unweighted", "method.objective.normaliser=masked")
+STABLE = ("train.schedule=wsd", "train.decay_fraction=0.3")
+QUIET = ("method.corruption.count=exact", "method.corruption.noise_levels=stratified", "train.betas=[0.8,0.999]")
+
+
+def small(steps: int) -> tuple[str, ...]:
+    return ("train.rows_per_step=4", "train.micro_batch=4", f"train.steps={steps}", "train.warmup_steps=100")
+
 
 # A variant a line: what it adds to the line before, so that each part shows what it brings. Rows x steps x row length are its tokens.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "diffullama, 1000 steps": ("train.learning_rate=4e-3", "method.attention.anneal_steps=200"),
-    "diffullama, a third": (*THIRD, "train.learning_rate=4e-3", "method.attention.anneal_steps=67"),
-    "+ open at once": (*THIRD, "train.learning_rate=4e-3", *AT_ONCE),
-    "+ unweighted": (*THIRD, "train.learning_rate=4e-3", *AT_ONCE, *UNWEIGHTED),
-    "+ 4 rows a step": (*SMALL, "train.learning_rate=4e-3", *AT_ONCE, *UNWEIGHTED),
+    "diffullama": ("train.steps=1000", "train.learning_rate=4e-3", "method.attention.anneal_steps=200"),
+    "a third of the steps": ("train.steps=333", "train.learning_rate=4e-3", "method.attention.anneal_steps=67"),
+    "+ open at once": ("train.steps=333", "train.learning_rate=4e-3", *AT_ONCE),
+    "+ unweighted": ("train.steps=333", "train.learning_rate=4e-3", *UNWEIGHTED),
+    "+ 4 rows a step": (*small(1332), "train.learning_rate=4e-3", *UNWEIGHTED),
+    "+ warm-up, stable, decay": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE),
+    "+ exact counts, beta 0.8": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
+    "the same, half the tokens": (*small(2000), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
 }
 COMMON = (
     "data.row_length=128", "train.rows_per_step=16", "train.micro_batch=16", "train.warmup_steps=50", "train.schedule=cosine",
@@ -38,7 +46,7 @@ START = "import runpy, sys; sys.argv[0] = 'dlmconvert'; runpy.run_module('dlmcon
 def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace) -> dict:
     """Run (or continue, or read) one variant: its curve, seconds of training without validation, tokens."""
     folder = Path(arguments.to) / "".join(c if c.isalnum() else "-" for c in name).strip("-")
-    validate = f"train.validate_steps={arguments.validate_steps * (4 if words[:1] == SMALL[:1] else 1)}"
+    validate = f"train.validate_steps={arguments.validate_steps * (4 if words[0] == small(0)[0] else 1)}"
     common = [word for word in COMMON if word.split("=")[0] not in {w.split("=")[0] for w in words}]
     command = [
         sys.executable, "-c", START, "adapt", arguments.checkpoint, f"data.train={arguments.train}", f"data.validation={arguments.validation}",

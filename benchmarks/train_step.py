@@ -196,6 +196,8 @@ def compare_speed(arguments: argparse.Namespace) -> dict[tuple[str, bool], float
             steps[f"{precision} dlmconvert"] = lambda precision=precision: ours(precision, OPEN)
             steps[f"{precision} reference"] = lambda precision=precision: reference_step(twin, optimizer, precision, batch, 1.0)
             steps[f"{precision} dlmconvert, annealed"] = lambda precision=precision: ours(precision, ANNEALED)
+            blocks = AttentionContext(pattern="block_causal", block_length=16, length=arguments.length)
+            steps[f"{precision} dlmconvert, blocks"] = lambda precision=precision, blocks=blocks: ours(precision, blocks)
         if not fastest:
             # Both models still have the same weights: the two steps must be the same mathematics.
             first = next(iter(arguments.precision))
@@ -219,7 +221,8 @@ def compare_speed(arguments: argparse.Namespace) -> dict[tuple[str, bool], float
             fastest[precision, is_checkpointed] = best[name]
             target = "   target >= 1.15" if not is_checkpointed else ""
             ratio(f"{precision} reference / dlmconvert:", f"{precision} reference", name, target)
-            ratio(f"{precision} annealed / unmasked:", f"{name}, annealed", name)
+            ratio(f"{precision} annealed / unmasked:", f"{name}, annealed", name, "   target <= 1.10")
+            ratio(f"{precision} blocks (two streams) / one:", f"{name}, blocks", name, "   target <= 2.2")
         if {"fp32", "bf16"} <= set(arguments.precision):
             ratio("fp32 / bf16, dlmconvert:", "fp32 dlmconvert", "bf16 dlmconvert")
             ratio("fp32 / bf16, reference:", "fp32 reference", "bf16 reference")

@@ -122,6 +122,7 @@ def in_ranks(command: list[str], launching: Launching, overrides: list[str], fin
         return _run(place, launching, overrides, find, begin, None)
     with _quiet(place) as leave:
         _as_rank(place, launching, overrides, find, begin, outcome_of, leave)
+        leave(Outcome())  # at once, as processes of our own do: threads of torch's process groups may abort an ordinary exit
 
 
 def _show_plan(place: Any, launching: Launching, overrides: list[str], begin: Callable) -> None:

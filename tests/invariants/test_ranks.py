@@ -148,7 +148,7 @@ def test_another_number_of_processes_continues(numbers, words, zygote, straight,
     close(place / "run" / "adapt", straight("single"))
 
 
-@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
+@pytest.mark.parametrize("kind", ["two, stage 3"])  # stage 2: benchmarks/kills.py
 def test_killed_at_random_moments_with_overlapped_saving(kind, zygote, straight, place, tiny_checkpoints):
     """benchmarks/kills.py does the same twenty times."""
     words = EVERYTHING_IN_PARTS if "3" in kind else []

@@ -149,7 +149,7 @@ def test_a_full_disk_during_a_checkpoint(place, tiny_checkpoints, monkeypatch, e
     def full(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 2:
             raise error
         return real(*args, **kwargs)
 
