@@ -103,7 +103,7 @@ def test_the_model_folder_of_zero_3_is_a_plain_one(straight):
         torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1])  # rank 0, and all: the random moments below
 def test_one_rank_is_killed(victim, zygote, straight, place, tiny_checkpoints):
     """The run ends within seconds with one message; the same command gives the straight run to the last bit."""
     command = ["adapt", tiny_checkpoints["gpt2"], *LONG, "--processes", "2"]
@@ -180,7 +180,7 @@ def test_a_truncated_shard_falls_back_and_says_so(zygote, straight, place, tiny_
     assert same(place / "run" / "adapt", straight("two")) and steps_kept(place / "run" / "adapt") == [15, 20]
 
 
-@pytest.mark.parametrize(("rank", "overlaps"), [(1, "false"), (0, "true"), (1, "true")])
+@pytest.mark.parametrize(("rank", "overlaps"), [(1, "false"), (0, "true")])
 def test_a_disk_that_is_full_on_one_rank(rank, overlaps, zygote, straight, place, tiny_checkpoints):
     """The run stops with one message, the checkpoint before stands, and nothing but the steps since then is done again."""
     command = ["adapt", tiny_checkpoints["gpt2"], *LONG, f"train.overlap_saving={overlaps}", "--processes", "2"]

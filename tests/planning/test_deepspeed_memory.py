@@ -32,14 +32,11 @@ KEYS_3 = {
 LONG = {"rows": 4, "length": 128}
 
 CASES = [
-    {"stage": 0},
     {"stage": 1, "precision": "bf16", "accumulation": 2},
     {"stage": 2, "accumulation": 2},
-    {"stage": 2, "precision": "bf16"},
     {"stage": 2, "precision": "bf16", **LONG},
     {"stage": 2, "precision": "bf16", "checkpointing": True, **LONG},
     {"stage": 2, "precision": "bf16", "offload": "optimizer"},
-    {"stage": 3},
     {"stage": 3, "precision": "bf16", "accumulation": 2},
     {"stage": 3, "precision": "bf16", "offload": "all"},
 ]
