@@ -1,8 +1,8 @@
 """Decoding of this project beside the decoding that one would write first, in one run, side by side.
 
-    python benchmarks/decoding.py                                     # all parts; about an hour on two cores
-    python benchmarks/decoding.py --only sampler                      # or checkpoint, blocks, speculation
-    python benchmarks/decoding.py --smoke                             # does it run? a minute
+    python benchmarks/decoding.py --checkpoint MODEL --corpus FOLDER  # all parts; about an hour and a half on two cores
+    python benchmarks/decoding.py --only sampler                      # or blocks, or with MODEL and FOLDER checkpoint, speculation
+    python benchmarks/decoding.py --smoke ...                         # does it run? a minute
 
 Parts:
 
@@ -13,10 +13,10 @@ Parts:
                 source and by distinct 2-grams.
   blocks        a block model (random weights, Llama's shape): seconds a token from 256 to 4096 new tokens, beside AR decoding of the
                 same weights with transformers' own KV cache.
-  speculation   a model with an AR path (--model FOLDER, else random weights): greedy self-speculation beside greedy AR decoding with
-                transformers' cache: the same tokens, tokens a forward, ratio of time.
+  speculation   the same checkpoint, trained here to draft for itself (on text that it wrote): greedy self-speculation beside greedy AR
+                decoding of the same weights with transformers' cache: the same tokens, tokens a forward, ratio of time.
 
-Variants take turns (A B A B ...); minimum and median over the turns.
+Variants take turns (A B A B ...), after one turn that is not counted when there are several; minimum and median over the turns.
 
 Shapes: B rows, L positions, V rows of the output matrix.
 """
@@ -31,7 +31,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import shutil  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -112,13 +111,13 @@ def autoregressive(model: Any, prompts_BP: torch.Tensor, num_new: int, banned: i
 
 
 def take_turns(variants: dict[str, Callable[[], Any]], turns: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every turn, and what the last one returned; the first turn of each is not counted."""
+    """Seconds of every turn, and what the last one returned; before several turns there is one that is not counted."""
     seconds, results = {name: [] for name in variants}, {}
-    for turn in range(turns + 1):
+    for turn in range(turns + (turns > 1)):
         for name, work in variants.items():
             began = time.perf_counter()
             results[name] = work()
-            if turn:
+            if turn or turns == 1:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, results
 
@@ -159,7 +158,7 @@ def sampler(options: argparse.Namespace) -> None:
     layers = 2 if options.smoke else options.layers
     denoiser = random_model("gpt2", "bidirectional", "shift", None, vocab_size=50257, n_layer=layers, n_positions=1024)
     prompts_BP = random_prompts(options.rows, prompt, 50257)
-    steps, block = new // 2, 32
+    steps, block = min(options.forwards, new), 32
     print(f"\nsampler: {layers} layers of GPT-2 small, {options.rows} rows, prompt {prompt}, {new} new tokens, {steps} forwards, blocks of {block}")
     shared = {"order": "confidence", "block_length": block, "num_steps": steps, "budget": "even"}
     variants = {
@@ -201,38 +200,58 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def adapted(options: argparse.Namespace, length: int) -> tuple[Any, Denoiser, list[list[int]]]:
-    """(the AR source, the adapted model, rows of held-out tokens): --checkpoint, adapted by the product's own command."""
+    """(the AR source, the adapted model, rows of held-out tokens): --adapted, else --checkpoint, adapted (further) by the product's own
+    command."""
+    steps = 3 if options.smoke else options.adapt_steps
+    words = [
+        f"data.row_length={128 if options.smoke else 1024}", "train.rows_per_step=4", "train.micro_batch=4", "train.learning_rate=2e-3",
+        "train.schedule=wsd", "train.decay_fraction=0.3", "train.betas=[0.8,0.999]", "method.attention.anneal=none",
+        "method.attention.anneal_steps=null", "method.objective.weight=unweighted", "method.objective.normaliser=masked",
+        "method.corruption.count=exact", "method.corruption.noise_levels=stratified",
+    ]  # fmt: skip
+    folder = made(options, "checkpoint", options.adapted or options.checkpoint, options.corpus / "train.jsonl", steps, words, max(1024, length))
+    denoiser = load_denoiser(folder, device="cpu")
+    return ar_source(options), denoiser, held_out(options, denoiser.tokenizer)
+
+
+def made(options: argparse.Namespace, name: str, origin: Path, text: Path, steps: int, words: list[str], positions: int) -> Path:
+    """The folder of `origin` adapted to `text` by `dlmconvert adapt`, made where --models does not hold it yet."""
+    home = options.models / name
+    if not (home / "run" / "adapt" / "model" / "config.json").is_file():
+        source = home / "source"
+        source.mkdir(parents=True, exist_ok=True)
+        for file in origin.iterdir():
+            if file.is_file():
+                (source / file.name).write_bytes(file.read_bytes())
+        values = json.loads((source / "config.json").read_text())
+        values["max_position_embeddings"] = max(values["max_position_embeddings"], positions)
+        (source / "config.json").write_text(json.dumps(values))
+        command = [
+            sys.executable, "-m", "dlmconvert", "adapt", str(source), f"data.train={text}", f"data.validation={options.corpus / 'validation.jsonl'}",
+            *words, "data.workers=1", f"train.steps={steps}", f"train.warmup_steps={max(1, steps // 20)}", "eval.rows=8", "engine.device=cpu",
+            f"data.cache={home / 'tokens'}", f"run.folder={home / 'run'}",
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(Path(dlmconvert.__file__).parents[1])}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=home, env=environment)
+    return home / "run" / "adapt" / "model"
+
+
+def ar_source(options: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(tempfile.mkdtemp(prefix="decoding-"))
-    longer = folder / "source"
-    longer.mkdir()
-    row_length = 128 if options.smoke else 1024
-    for file in options.checkpoint.iterdir():
-        if file.is_file():
-            (longer / file.name).write_bytes(file.read_bytes())
-    values = json.loads((longer / "config.json").read_text())
-    values["max_position_embeddings"] = max(values["max_position_embeddings"], row_length, length)
-    (longer / "config.json").write_text(json.dumps(values))
-    steps = 3 if options.smoke else options.adapt_steps
-    command = [
-        sys.executable, "-m", "dlmconvert", "adapt", str(longer), f"data.train={options.corpus / 'train.jsonl'}",
-        f"data.validation={options.corpus / 'validation.jsonl'}", f"data.row_length={row_length}", "data.workers=1", f"train.steps={steps}",
-        "train.rows_per_step=8", "train.micro_batch=4", "train.learning_rate=4e-3", "train.warmup_steps=1" if options.smoke else "train.warmup_steps=50",
-        "eval.rows=8", "engine.device=cpu", f"data.cache={folder / 'tokens'}", f"run.folder={folder / 'run'}",
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(dlmconvert.__file__).parents[1])}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env=environment)
-    denoiser = load_denoiser(folder / "run" / "adapt" / "model", device="cpu")
-    texts = []
-    for line in (options.corpus / "validation.jsonl").read_text().splitlines()[:400]:
-        texts.append(denoiser.tokenizer(json.loads(line)["text"])["input_ids"])
-    shutil.rmtree(folder)
-    return AutoModelForCausalLM.from_pretrained(options.checkpoint).eval(), denoiser, texts
+    return AutoModelForCausalLM.from_pretrained(options.checkpoint).eval()
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def held_out(options: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
+    return [tokenizer(text)["input_ids"] for text in texts_of(options.corpus / "validation.jsonl")[:400]]
 
 
 def blocks(options: argparse.Namespace) -> None:
-    lengths = (32, 64) if options.smoke else (256, 512, 1024, 2048, 4096)
+    lengths = (32, 64) if options.smoke else tuple(map(int, options.lengths.split(",")))
     block, prompt = 32, 16 if options.smoke else 128
     steps_a_block = 8
     shape = {
@@ -250,7 +269,7 @@ def blocks(options: argparse.Namespace) -> None:
             "AR with KV cache": lambda new=new: autoregressive(denoiser.model, prompts_BP, new),
             "block model with block cache": lambda new=new, how=how: ours(denoiser, prompts_BP, new, **how),
         }
-        seconds, _ = take_turns(variants, 1)
+        seconds, _ = take_turns(variants, 1 if options.smoke else options.turns)
         for name, times in seconds.items():
             cost = min(times) / new * 1e3
             first.setdefault(name, cost)
@@ -258,52 +277,112 @@ def blocks(options: argparse.Namespace) -> None:
     print("  target: the block model's cost a token grows no faster than AR decoding's")
 
 
+def drafter(options: argparse.Namespace) -> Denoiser:
+    """--model, else --checkpoint trained to draft for itself: on what it writes greedily after beginnings of the training texts."""
+    if options.model is not None:
+        return load_denoiser(options.model, device="cpu")
+    written = options.models / "speculation" / "written.jsonl"
+    if not written.is_file():
+        written.parent.mkdir(parents=True, exist_ok=True)
+        texts = greedy_texts(options, 8 if options.smoke else 1350, (16,) if options.smoke else (16, 48, 80), 32 if options.smoke else 256)
+        written.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [
+        f"data.row_length={64 if options.smoke else 256}", "train.rows_per_step=8", "train.micro_batch=8", "train.learning_rate=2e-3",
+        "method.name=i-dlm", "method.attention.pattern=context_causal", "method.attention.block_length=4", "method.attention.anneal=none",
+        "method.attention.anneal_steps=null", "method.objective.ar_weight=1.0",
+    ]  # fmt: skip
+    return load_denoiser(made(options, "speculation", options.checkpoint, written, 3 if options.smoke else options.draft_steps, words, 512), device="cpu")
+
+
+@torch.no_grad()
+def greedy_texts(options: argparse.Namespace, num: int, lengths: tuple[int, ...], new: int) -> list[str]:
+    """Beginnings of the training texts, of so many tokens, and what the AR source writes behind them."""
+    from transformers import AutoTokenizer
+
+    source, tokenizer, texts = ar_source(options), AutoTokenizer.from_pretrained(options.checkpoint), []
+    rows = [tokenizer(text)["input_ids"] for text in texts_of(options.corpus / "train.jsonl")[:num]]
+    for length in lengths:
+        prompts = [row[:length] for row in rows if len(row) >= length]
+        for first in range(0, len(prompts), 128):
+            found_BL = source.generate(torch.tensor(prompts[first : first + 128]), max_new_tokens=new, do_sample=False, eos_token_id=None)
+            texts += tokenizer.batch_decode(found_BL, skip_special_tokens=True)
+    return texts
+
+
 def speculation(options: argparse.Namespace) -> None:
     new, prompt = (16, 8) if options.smoke else (256, 64)
-    if options.model is None:
-        denoiser = random_model(
-            "llama", "context_causal", "shift", 8, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
-            vocab_size=4096, max_position_embeddings=1024,
-        )  # fmt: skip
-    else:
-        denoiser = load_denoiser(options.model, device="cpu")
-    prompts_BP = random_prompts(1, prompt, denoiser.vocab_size)
-    if options.model is not None:
-        texts = [json.loads(line)["text"] for line in (options.corpus / "validation.jsonl").read_text().splitlines()[:50]]
-        rows = [denoiser.tokenizer(text)["input_ids"] for text in texts]
-        prompts_BP = torch.tensor([row[:prompt] for row in rows if len(row) >= prompt][:1])
-    print(f"\nspeculation: {options.model or 'random weights'}, prompt {prompt}, {new} new tokens, greedy")
-    variants: dict[str, Callable[[], Any]] = {"AR with KV cache": lambda: (autoregressive(denoiser.model, prompts_BP, new, denoiser.mask_token_id), new)}
-    for draft in (1, 2, 3, 7):
-        variants[f"self-speculation, {draft} drafted"] = lambda draft=draft: ours(denoiser, prompts_BP, new, draft_length=draft)
+    denoiser = drafter(options)
+    prompts_BP = torch.tensor([row[:prompt] for row in held_out(options, denoiser.tokenizer) if len(row) >= prompt][: options.texts])
+    print(f"\nspeculation: {options.model or options.checkpoint.name}, {len(prompts_BP)} prompts of {prompt}, one at a time, {new} new tokens, greedy")
+
+    def alone(work: Callable[[torch.Tensor], tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, int]:
+        found = [work(prompt_1P[None]) for prompt_1P in prompts_BP]
+        return torch.cat([tokens_1L for tokens_1L, _ in found]), sum(nfe for _, nfe in found)
+
+    variants: dict[str, Callable[[], Any]] = {
+        "AR with KV cache": lambda: alone(lambda p: (autoregressive(denoiser.model, p, new, denoiser.mask_token_id), new)),
+        "AR, transformers' generate": lambda: alone(lambda p: (transformers_generate(denoiser, p, new), new)),
+    }
+    for draft in (1, 2, 3, 4, 7):
+        variants[f"self-speculation, {draft} drafted"] = lambda draft=draft: alone(lambda p: ours(denoiser, p, new, draft_length=draft))
     seconds, results = take_turns(variants, 1 if options.smoke else options.turns)
     expected = results["AR with KV cache"][0]
     for name, (tokens_BL, _) in results.items():
         agree = float((tokens_BL == expected).float().mean())
         assert agree == 1.0 or denoiser.model.dtype != torch.float32, f"{name}: {agree:.1%} of the tokens are the AR tokens"
-    report(seconds, "AR with KV cache", new, {name: f"{nfe} forwards, {new / nfe:.2f} tokens a forward" for name, (_, nfe) in results.items()})
+    made_tokens = new * len(prompts_BP)
+    report(seconds, "AR with KV cache", made_tokens, {name: f"{nfe} forwards, {made_tokens / nfe:.2f} tokens a forward" for name, (_, nfe) in results.items()})
+    print("  every variant wrote the same tokens; target: faster than AR decoding")
+
+
+def transformers_generate(denoiser: Denoiser, prompts_BP: torch.Tensor, num_new: int) -> torch.Tensor:
+    from transformers import GenerationConfig
+
+    model = denoiser.model
+    before, model.config.is_causal = getattr(model.config, "is_causal", None), True
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0, suppress_tokens=[denoiser.mask_token_id])
+    try:
+        return model.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=num_new)
+    finally:
+        model.config.is_causal = before
 
 
 PARTS = {"sampler": sampler, "checkpoint": checkpoint, "blocks": blocks, "speculation": speculation}
+ADAPTING = {"checkpoint": lambda options: adapted(options, 0), "speculation": drafter}
 
 
 def main() -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be given several times")
     parser.add_argument("--smoke", action="store_true", help="small sizes: does it run?")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=8, help="rows of the part `checkpoint`")
-    parser.add_argument("--adapt-steps", type=int, default=1500)
-    parser.add_argument("--model", type=Path, default=None, help="folder of a model with an AR path, for the part `speculation`")
-    parser.add_argument("--checkpoint", type=Path, default=shared / "checkpoints" / "stories260K")
-    parser.add_argument("--corpus", type=Path, default=shared / "corpora" / "tinystories")
+    parser.add_argument("--forwards", type=int, default=128, help="of every variant of the part `sampler`")
+    parser.add_argument("--turns", type=int, default=3, help="counted turns; before several there is one that is not counted")
+    parser.add_argument("--texts", type=int, default=8, help="rows of the parts `checkpoint` and `speculation`")
+    parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="new tokens of the part `blocks`")
+    parser.add_argument("--adapt-steps", type=int, default=600, help="of 4 rows of 1024 tokens, in the part `checkpoint`")
+    parser.add_argument("--adapted", type=Path, help="folder of --checkpoint converted already; the part `checkpoint` adapts it further")
+    parser.add_argument("--draft-steps", type=int, default=400, help="of 8 rows of 256 tokens, in the part `speculation`")
+    parser.add_argument("--checkpoint", type=Path, help="AR checkpoint, for the parts `checkpoint` and `speculation`")
+    parser.add_argument("--corpus", type=Path, help="folder with train.jsonl and validation.jsonl (a field `text`), for the same parts")
+    parser.add_argument("--models", type=Path, help="folder that keeps what these parts adapt, and gives it to the next call")
+    parser.add_argument("--prepare", action="store_true", help="adapt the models of these parts, and stop")
+    parser.add_argument("--model", type=Path, help="folder of a model with an AR path, instead of one that the part `speculation` adapts")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name in options.only or PARTS:
-        PARTS[name](options)
+    names = options.only or list(PARTS)
+    adapting = [name for name in names if name in ADAPTING]
+    if adapting and (options.checkpoint is None or options.corpus is None):
+        parser.error(f"{' and '.join(adapting)}: --checkpoint and --corpus are needed")
+    options.corpus = options.corpus and options.corpus.resolve()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    with tempfile.TemporaryDirectory(prefix="decoding-") as scratch:
+        options.models = (options.models or Path(scratch)).resolve()
+        for name in names:
+            if not options.prepare:
+                PARTS[name](options)
+            elif name in ADAPTING:
+                ADAPTING[name](options)
 
 
 if __name__ == "__main__":

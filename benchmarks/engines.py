@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
+
 # Workers
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlmconvert.backbone.activations import fuse_activations
 from dlmconvert.backbone.extras import Extras
 from dlmconvert.backbone.head import plain_head, scoring
 from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store
@@ -19,8 +20,10 @@ from dlmconvert.backbone.rewrite import call_model
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import AttentionContext
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, with_clean_context
 from dlmconvert.diffusion.objective import cross_entropy
-from dlmconvert.diffusion.streams import block_numbers, reading_positions, two_streams
+from dlmconvert.diffusion.streams import reading_positions, two_streams
+from dlmconvert.errors import UserError
 
 
 class Denoiser(nn.Module):
@@ -34,6 +37,7 @@ class Denoiser(nn.Module):
         those that act on masks only, attached to the model already (backbone/gated.py)."""
         super().__init__()
         self.model = model
+        fuse_activations(model)
         self.spec = spec
         self.tokenizer = tokenizer
         self.adapters = adapters
@@ -104,7 +108,16 @@ class Denoiser(nn.Module):
         positions_BL: torch.Tensor | None = None,
         segments_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """logits_NV under the pattern that the model was trained for; what samplers and estimators call."""
+        """logits_NV under the pattern that the model was trained for; what samplers and estimators call.
+
+        Raises UserError for a block model: it predicts the tokens of one block, and this function is not told which text is clean.
+        """
+        if self.spec.attention in BLOCK_PATTERNS:
+            raise UserError(
+                f"a block model ({self.spec.attention}, blocks of {self.spec.block_length}) predicts one block behind clean text, not a whole row at once",
+                "",
+                "sample with dlmconvert sample (diffusion_generate, infill), or score rows with predict_blocks",
+            )
         if positions_BL is None:
             positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
         context = AttentionContext(open_ratio=0.0 if self.spec.attention == "causal" else 1.0, segments_BL=segments_BL)
@@ -124,11 +137,10 @@ class Denoiser(nn.Module):
         return self(x_t_BL, targets_BL, positions_BL, self.block_context(positions_BL, segments_BL), clean_BL=x_0_BL, clean_targets_BL=clean_targets_BL)
 
     def block_context(self, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None = None) -> AttentionContext:
-        """The two-stream pattern that a block model was trained for; blocks restart wherever positions do."""
-        blocks_BL = None if segments_BL is None else block_numbers(positions_BL, self.spec.block_length)
-        return AttentionContext(
-            pattern=self.spec.attention, block_length=self.spec.block_length, length=positions_BL.shape[1], segments_BL=segments_BL, blocks_BL=blocks_BL
-        )
+        """The two-stream pattern that shows each block what decoding shows it; blocks restart wherever positions do."""
+        pattern = with_clean_context(self.spec.attention)
+        context = AttentionContext(pattern=pattern, block_length=self.spec.block_length, length=positions_BL.shape[1])
+        return context.in_documents(segments_BL, positions_BL)
 
     @property
     def mask_token_id(self) -> int:

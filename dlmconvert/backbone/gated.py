@@ -7,7 +7,8 @@ autoregressive model is still there, unchanged (Uno, Orthrus, I-DLM with adapter
 parameter of its own, so the embedding matrix, and a head that is tied to it, stay as they were.
 
 The model is not changed: forward hooks add what the adapters say, and the hook on the embedding sees which tokens are masks. Adapters cannot be
-merged: weights have no gate.
+merged: weights have no gate. An export carries this very file (`exporting/copying.py`), so it imports torch and transformers only; files are
+read and written in gated_files.py.
 
 Shapes: B rows, S positions, D features in, E features out, r rank.
 """
@@ -15,35 +16,35 @@ Shapes: B rows, S positions, D features in, E features out, r rank.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dlmconvert.errors import UserError
-
-FILE = Path("gated") / "adapter.safetensors"
-
 
 class GatedAdapters(nn.Module):
-    """Parameters `mask_row`, and A and B of each adapted layer. Attached to a model by hooks; not a part of it."""
+    """Parameters `mask_row`, and A and B of each adapted layer. Attached to a model by hooks; not a part of it.
 
-    def __init__(self, model: Any, *, rank: int, alpha: float, target_modules: str | list[str], mask_token_id: int, seed: int):
+    seed: of A (B starts at 0, so that nothing changes at first); None leaves A at 0, where both will be read from a file. Raises ValueError
+    when no layer has a name of target_modules.
+    """
+
+    def __init__(self, model: Any, *, rank: int, alpha: float, target_modules: str | list[str], mask_token_id: int, seed: int | None):
         super().__init__()
         self.rank, self.alpha, self.target_modules, self.mask_token_id = rank, alpha, target_modules, mask_token_id
         self._is_mask: torch.Tensor | None = None
         layers = _adapted_layers(model, target_modules)
         if not layers:
-            raise UserError(f"no adapter fits: target_modules={target_modules!r}", "no linear layer has such a name", "use target_modules: all-linear")
+            raise ValueError(f"no linear layer is called {target_modules!r}")
         embedding = model.get_input_embeddings()
         self.mask_row = nn.Parameter(embedding.weight.detach()[mask_token_id].clone())
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         for name, layer in layers.items():
             inner, outer = _features(layer)
             key = name.replace(".", "/")
-            self.down[key] = nn.Parameter(torch.empty(rank, inner).uniform_(-1 / math.sqrt(inner), 1 / math.sqrt(inner), generator=generator))
+            down = torch.zeros(rank, inner)
+            self.down[key] = nn.Parameter(down if seed is None else down.uniform_(-1 / math.sqrt(inner), 1 / math.sqrt(inner), generator=generator))
             self.up[key] = nn.Parameter(torch.zeros(outer, rank))
             layer.register_forward_hook(self._hook(key))
         embedding.register_forward_hook(self._look)
@@ -65,28 +66,6 @@ class GatedAdapters(nn.Module):
             return torch.where(gate, output + delta.to(output.dtype), output)
 
         return add
-
-    def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}, folder / FILE, metadata={"format": "pt"})
-
-    def load(self, folder: Path) -> None:
-        """Raises UserError when the file is missing or of another shape."""
-        from safetensors.torch import load_file
-
-        try:
-            self.load_state_dict(load_file(folder / FILE))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{folder / FILE} cannot be read", str(error).strip().splitlines()[0][:200], "the folder is incomplete: train or copy it again") from error
-
-
-def attach_saved(model: Any, described: dict[str, Any], mask_token_id: int, folder: Path) -> GatedAdapters:
-    """The adapters of a model folder, attached."""
-    adapters = GatedAdapters(model, **described, mask_token_id=mask_token_id, seed=0)
-    adapters.load(folder)
-    return adapters
 
 
 def _adapted_layers(model: Any, target_modules: str | list[str]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
-from dlmconvert.backbone.gated import attach_saved
+from dlmconvert.backbone.gated_files import PREFIX as GATED
+from dlmconvert.backbone.gated_files import attach_saved
 from dlmconvert.backbone.hub import hub_reachable
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
@@ -98,10 +99,10 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, besides: tuple[str, ...] = ()) -> Any:
     """The checkpoint's model, strictly: every tensor of the file is used, or a computed buffer, and none is missing.
 
-    config: already rewritten. Raises UserError that lists the tensors otherwise.
+    config: already rewritten. besides: how tensors are called that others read. Raises UserError that lists the tensors otherwise.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -118,7 +119,7 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype | str = "auto", tru
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: the weights cannot be loaded", str(error).strip().splitlines()[0][:300], "is the folder complete? (model.safetensors, or the index and all shards)") from error
-    unexpected = [k for k in info["unexpected_keys"] if not k.endswith(COMPUTED_BUFFERS)]
+    unexpected = [k for k in info["unexpected_keys"] if not k.endswith(COMPUTED_BUFFERS) and not k.startswith(besides)]
     mismatched = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     refuse_other_tensors(folder, model, info["missing_keys"], unexpected, mismatched)
     return model
@@ -232,7 +233,7 @@ def load_denoiser(
         if hasattr(config, name):
             delattr(config, name)
     rewrite_config(config)
-    model = load_model(folder, config, dtype, trust_remote_code)
+    model = load_model(folder, config, dtype, trust_remote_code, () if spec.gated_adapter is None else (GATED,))
     adapters = None if spec.gated_adapter is None else attach_saved(model, spec.gated_adapter, spec.mask_token_id, folder).to(pick_device(device))
     model.to(pick_device(device)).eval()
     if attention is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Of a
 def bench(
     model: Model = None,
     source: Source = None,
-    samplers: Annotated[str | None, typer.Option("--samplers", metavar="LIST|FILE", help="threshold=0.9+block_length=32,order=entropy+steps=16, or a file with one a line (default: a list of all kinds).")] = None,
+    samplers: Annotated[str | None, typer.Option("--samplers", metavar="LIST|FILE", help="threshold=0.9+block_length=32,order=entropy+steps=16,helper=source+draft_length=16, or a file with one a line (default: a list of all kinds).")] = None,
     prompts: PromptsFile = None,
     answers: Answers = None,
     new_tokens: NewTokens = 64,
@@ -38,7 +39,8 @@ def bench(
 ) -> None:
     """Time every sampler of a list beside the AR source with its KV cache: same prompts, same lengths, one run."""
     from dlmconvert.cli.console import ConsoleReporter, console, out
-    from dlmconvert.cli.decoding_task import load_models, make_task, quiet_profiler, read_samplers, show_table
+    from dlmconvert.cli.decoding import STOPPED
+    from dlmconvert.cli.decoding_task import load_helpers, load_models, make_task, quiet_profiler, read_samplers, show_table
     from dlmconvert.runs.folder import find_model
 
     quiet_profiler()
@@ -49,12 +51,15 @@ def bench(
     console.print(f"model {location.note}", markup=False, highlight=False, soft_wrap=True)
     denoiser, ar = load_models(location, source, device)
 
-    from dlmconvert.evaluation.benchmark import benchmark, check_sampler, default_samplers
+    from dlmconvert.evaluation.benchmark import SOURCE_AS_HELPER, Sampler, Stopped, benchmark, check_sampler, default_samplers
 
     reporter = ConsoleReporter()
     if ar is None:
         reporter.warn("no AR source is known: no AR decoding and no likelihood beside the samplers; name it with --source MODEL")
     task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed)
+    chosen = None if samplers is None else read_samplers(samplers, temperature)
+    named = chosen if chosen is not None else [Sampler("", {"helper": SOURCE_AS_HELPER})] if ar is not None else []
+    task = replace(task, helpers=load_helpers(named, location, source, denoiser.device))
 
     def works(settings: dict[str, Any]) -> bool:
         try:
@@ -63,28 +68,36 @@ def bench(
             return False
         return True
 
-    if samplers is None:
+    if chosen is None:
         chosen = [*saved_sampler(location.path), *default_samplers(new_tokens, temperature, works)]
     else:
-        chosen = read_samplers(samplers, temperature)
         for sampler in chosen:
             try:
                 check_sampler(denoiser, task, sampler.settings)
             except ValueError as error:
                 raise UserError(f"--samplers {sampler.name}: {error}") from error
-    with reporter.progress("passes", (len(chosen) + (ar is not None)) * (1 + repeats)) as bar:
-        results = benchmark(denoiser, ar, chosen, task, repeats=repeats, advance=lambda name: bar.advance(1, name))
-    facts = facts_of(location, denoiser, task, source, repeats, temperature) | {"samplers": [result.to_dict() for result in results]}
+    num_samplers, stopped = len(chosen) + (ar is not None), False
+    try:
+        with reporter.progress("passes", num_samplers * (1 + repeats)) as bar:
+            results = benchmark(denoiser, ar, chosen, task, repeats=repeats, advance=lambda name: bar.advance(1, name))
+    except Stopped as stop:
+        results, stopped = stop.results, True
+        reporter.warn(f"stopped: {len(results)} of {num_samplers} samplers were measured" + ("" if results else ", and nothing was written"))
+        if not results:
+            raise typer.Exit(STOPPED) from stop
+    facts = facts_of(location, denoiser, task, source, repeats, temperature) | {"stopped": stopped, "samplers": [result.to_dict() for result in results]}
     if to is not None:
         write_results(to, plot, facts, results)
     if json:
         out(json_module.dumps(facts, indent=1, default=str))
-        return
-    show_table(results)
-    out("* nothing else is both faster and better. NFE: forwards. First token: the first of the text, from the left. Memory: the peak beside the weights")
-    for path in (to, plot):
-        if path is not None:
-            out(f"  {path}")
+    else:
+        show_table(results)
+        out("* nothing else is both faster and better. NFE: forwards. First token: the first of any text of a batch, from the left. Memory: the peak beside the weights")
+        for path in (to, plot):
+            if path is not None:
+                out(f"  {path}")
+    if stopped:
+        raise typer.Exit(STOPPED)
 
 
 def saved_sampler(folder: Path) -> list[Any]:

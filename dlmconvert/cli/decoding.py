@@ -14,6 +14,8 @@ from typing import Any
 from dlmconvert.cli.sampler import DEFAULTS
 from dlmconvert.errors import UserError
 
+STOPPED = 130  # what shells say of a command that Ctrl-C ended
+
 
 @dataclass
 class Decoder:

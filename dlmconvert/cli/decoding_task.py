@@ -29,16 +29,12 @@ def quiet_profiler() -> None:
 
 def load_models(location: Any, source: str | None, device: str) -> tuple[Any, Any]:
     """(denoiser, AR source or None). The source is the one that is named, else the run's. Raises UserError when the tokens differ."""
-    from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
+    from dlmconvert.backbone.load import load_denoiser
     from dlmconvert.cli.console import console
 
     with console.status("loading the models"):
-        denoiser = load_denoiser(location.path, device=device)
-        if source is not None:
-            return denoiser, load_source(resolve_checkpoint(source), denoiser)
-        if location.run is not None and (location.run.model_folder("prepare") / "config.json").is_file():
-            return denoiser, load_source(location.run.model_folder("prepare"), denoiser)
-    return denoiser, None
+        denoiser, folder = load_denoiser(location.path, device=device), source_folder(location, source)
+        return denoiser, None if folder is None else load_source(folder, denoiser)
 
 
 def load_source(folder: Path, denoiser: Any) -> Any:
@@ -96,6 +92,30 @@ def _held_out_prompts(location: Any) -> list[list[int]]:
         return (chosen if len(chosen) else found.tokens_BL[:_HELD_OUT_PROMPTS, :length]).tolist()
 
 
+def load_helpers(samplers: Sequence[Sampler], location: Any, source: str | None, device: Any) -> dict[str, Any]:
+    """The AR models that samplers name for APD: `source` is the model's own source, else a checkpoint. Raises UserError."""
+    from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
+    from dlmconvert.evaluation.benchmark import SOURCE_AS_HELPER
+
+    found = {}
+    for name in dict.fromkeys(sampler.settings["helper"] for sampler in samplers if sampler.settings.get("helper") is not None):
+        folder = resolve_checkpoint(name) if name != SOURCE_AS_HELPER else source_folder(location, source)
+        if folder is None:
+            raise UserError(f"helper={name}: no AR source is known", "", "name it with --source MODEL, or a checkpoint with helper=MODEL")
+        found[name] = load_denoiser(folder, device=device, attention="causal")
+    return found
+
+
+def source_folder(location: Any, source: str | None) -> Path | None:
+    """The checkpoint of --source, else of the run that the model lies in."""
+    from dlmconvert.backbone.load import resolve_checkpoint
+
+    if source is not None:
+        return resolve_checkpoint(source)
+    prepared = None if location.run is None else location.run.model_folder("prepare")
+    return prepared if prepared is not None and (prepared / "config.json").is_file() else None
+
+
 def read_samplers(text: str, temperature: float) -> list[Sampler]:
     """`threshold=0.9+block_length=32,order=entropy+steps=16`, or a file: YAML or JSON (a list of mappings), or a sampler a line.
 
@@ -109,7 +129,7 @@ def read_samplers(text: str, temperature: float) -> list[Sampler]:
         entries = [entry.split("+") for entry in text.split(",") if entry.strip()]
     samplers = []
     for entry in entries:
-        settings = dict(parse_setting(setting) for setting in entry)
+        settings = dict(parse_setting(setting, may_name_helper=True) for setting in entry)
         for name in ("seed", "max_new_tokens"):
             if name in settings:
                 raise UserError(f"{name} in --samplers {'+'.join(entry)}", "it is the same for all samplers", "give it as an option of the command")

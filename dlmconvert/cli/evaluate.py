@@ -31,25 +31,25 @@ def evaluate(
     from dlmconvert.cli.console import ConsoleReporter, console, out
     from dlmconvert.errors import UserError
     from dlmconvert.recipe.schema import Evaluation
-    from dlmconvert.runs.evaluations import evaluate_model, measure_retention
+    from dlmconvert.runs.evaluations import Subject, evaluate_model, measure_retention
     from dlmconvert.runs.folder import find_model
 
     location = find_model(model)
     console.print(f"model {location.note}")
     defaults = location.run.recipe().eval if location.run is not None else Evaluation()
     chosen = Evaluation(rows=rows or defaults.rows, draws=draws or defaults.draws, batch=batch or defaults.batch, seed=seed)
-    reporter = ConsoleReporter()
+    reporter, subject = ConsoleReporter(), Subject(location, device, data, source, row_length)
     if retention and delta_nll:
         raise UserError("--retention and --delta-nll are two measurements", "", "ask for one at a time")
     if retention:
         if draws is not None or seed:
             reporter.warn("--draws and --seed have no part in --retention: it reads clean text")
-        found = measure_retention(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device, plot=plot)
+        found = measure_retention(subject, chosen, reporter, plot)
         _show_retention(found, json)
         return
     if plot is not None:
         reporter.warn("--plot is ignored: it belongs to --retention")
-    results = evaluate_model(location, chosen, reporter, data=data, source=source, row_length=row_length, device=device, delta_nll=delta_nll)
+    results = evaluate_model(subject, chosen, reporter, delta_nll)
     if json:
         out(json_module.dumps(results, indent=1))
         return
@@ -104,7 +104,9 @@ def _show_retention(found: Retention, json: bool) -> None:
     read.add_row("AR perplexity", f"{agreement.perplexity_before:.4f}", f"{agreement.perplexity_after:.4f}")
     read.add_row("nats a token", f"{agreement.nats_before:.4f}", f"{agreement.nats_after:.4f}")
     read.add_row("same greedy token", "", f"{agreement.greedy:.2%}")
-    read.add_row("expected acceptance", "", f"{agreement.acceptance:.2%}")
+    read.add_row("accepted by the source", "", f"{agreement.acceptance:.2%}")
+    if found.own is not None:
+        read.add_row("own tokens accepted by its AR path", "", f"{found.own.acceptance:.2%}")
     out(read)
     out()
     if weights.not_compared:

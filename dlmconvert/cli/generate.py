@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlmconvert.cli.decoding import Decoder, Row, View, denoising, in_colour, load_decoder
+from dlmconvert.cli.decoding import STOPPED, Decoder, Row, View, denoising, in_colour, load_decoder
 from dlmconvert.cli.prompts import ResultsFile, read_prompts, refuse_existing
 from dlmconvert.cli.sampler import with_sampler
-from dlmconvert.errors import UserError
+from dlmconvert.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from dlmconvert.cli.trace_page import TraceWatcher
 
 _ROWS_AT_ONCE = 8
-_STOPPED = 130  # what shells say of a command that Ctrl-C ended
 
 Model = Annotated[str | None, typer.Argument(help="Run folder, model folder or exported folder; the latest run in ./runs when left out.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.")]
@@ -111,10 +110,10 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, o
                 results.add(record)
                 _show(record, pieces, view, as_json, out_file is not None, first=start + place == 0)
             made, forwards, seconds = made + sum(row.num_filled for row in batch), forwards + nfe, seconds + taken
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Interrupted) as stop:
         kept = "" if out_file is None else f"; {results.count} of {len(rows)} results: {out_file}"
         console.print(f"stopped{kept}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_STOPPED) from stop
+        raise typer.Exit(STOPPED) from stop
     if not as_json:
         console.print(f"{made} tokens in {forwards} forwards, {made / seconds:.0f} tokens/s, seed {seed}", style="dim", highlight=False)
     if out_file is not None:

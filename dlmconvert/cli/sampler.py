@@ -47,7 +47,7 @@ SAMPLER = {
 }
 _SPELLED = {"order": "alg"}
 _CHOICES = {"order": ORDERS, "budget": BUDGETS, "cache": CACHES, "revision": REVISIONS}
-_ONCE = ("helper",)  # a model is named when the command starts, and not changed while it runs
+_ONCE = ("helper",)  # a model is named when the command starts, and not changed while `chat` runs
 
 
 def with_sampler(verb: Callable[..., None]) -> Callable[..., None]:
@@ -74,12 +74,12 @@ def asked_options(typed: dict[str, Any]) -> dict[str, Any]:
     return {_SPELLED.get(name, name): value for name, value in typed.items() if value is not None}
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str, *, may_name_helper: bool = False) -> tuple[str, Any]:
     """`threshold=0.9` -> (the sampler's name, the value). Raises UserError for a name or a value that does not fit."""
     name, equals, value = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_").removeprefix("__")
     own = {theirs: ours for ours, theirs in _SPELLED.items()}
-    known = {**{name: kind for name, kind in SAMPLER.items() if name not in _ONCE}, "max_new_tokens": Annotated[int | None, None], "seed": Annotated[int | None, None]}
+    known = {**{name: kind for name, kind in SAMPLER.items() if may_name_helper or name not in _ONCE}, "max_new_tokens": Annotated[int | None, None], "seed": Annotated[int | None, None]}
     name = own.get(name, name)
     if not equals or name not in known:
         raise UserError(f"{text!r} is no setting of the sampler", nearest(name, known), "write it as threshold=0.9")

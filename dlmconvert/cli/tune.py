@@ -38,7 +38,7 @@ def tune_sampler(
     limit = parse_floor(floor, answers is not None)
 
     from dlmconvert.cli.console import ConsoleReporter, console, out
-    from dlmconvert.cli.decoding import saved_settings
+    from dlmconvert.cli.decoding import STOPPED, saved_settings
     from dlmconvert.cli.decoding_task import load_models, make_task, quiet_profiler, show_table
     from dlmconvert.runs.folder import find_model
 
@@ -49,7 +49,7 @@ def tune_sampler(
     if ar is None and answers is None:
         raise UserError("nothing can judge the texts", f"{location.path} is in no run folder, so its AR source is not known", "name it with --source MODEL, or give --answers FILE")
 
-    from dlmconvert.evaluation.benchmark import check_sampler, mark_front
+    from dlmconvert.evaluation.benchmark import Stopped, check_sampler, mark_front
     from dlmconvert.evaluation.tuning import Floor, tune
 
     task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed)
@@ -64,8 +64,18 @@ def tune_sampler(
             return False
         return True
 
-    with _Bars(ConsoleReporter()) as bars:
-        tuned = tune(denoiser, ar, task, Floor(*limit), base=base, works=works, repeats=repeats, begin=bars.begin, advance=bars.advance)
+    reporter = ConsoleReporter()
+    try:
+        with _Bars(reporter) as bars:
+            tuned = tune(denoiser, ar, task, Floor(*limit), base=base, works=works, repeats=repeats, begin=bars.begin, advance=bars.advance)
+    except Stopped as stop:
+        mark_front(stop.results)
+        if json:
+            out(json_module.dumps({"chosen": None, "stopped": True, "floor": floor, "samplers": [result.to_dict() for result in stop.results]}, indent=1, default=str))
+        elif stop.results:
+            show_table(sorted(stop.results, key=lambda result: -result.speed))
+        reporter.warn(f"stopped: {len(stop.results)} settings were tried, and nothing was written to {location.path.name}/generation_config.json")
+        raise typer.Exit(STOPPED) from stop
     mark_front(tuned.results)
     order = sorted(tuned.results, key=lambda result: -result.speed)
     if not json:

@@ -150,7 +150,8 @@ class BatchStream:
     levels_per: `row`, or `block`: a noise level for each block of `block_length(step)` tokens (counted from the start of a document where
     position ids are), spread over all blocks of the global batch. uniform_share: of `gidd`. vocab_size: tokens of text, from which random
     ones are drawn. edit_share: largest share of a row that is replaced in x_edit_BL, from step `edit_from` on; 0 for no edits. half_life: of `diffusion.corruption.late_in_block`, None for uniform
-    masks. block_length: None for one-stream patterns.
+    masks. block_length: None where there are no blocks. has_clean_copy: of a block pattern, that the clean copy of a row goes beside the noised one,
+    so that under `shift` it predicts the first tokens of blocks.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class BatchStream:
         levels_per: str = "row",
         half_life: float | None = None,
         block_length: Callable[[int], int] | None = None,
+        has_clean_copy: bool = True,
         uniform_share: float = 0.1,
         vocab_size: int = 0,
         edit_share: float = 0.0,
@@ -193,6 +195,7 @@ class BatchStream:
         self._levels_per_block = levels_per == "block"
         self._half_life = half_life
         self.block_length = block_length  # of a step
+        self._has_clean_copy = has_clean_copy
         self._noise_levels = noise_levels
         self._mask_token_id = mask_token_id
         self._alignment = alignment
@@ -272,7 +275,7 @@ class BatchStream:
 
     def _starts(self, step: int, eligible_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor | None:
         """What the clean copy predicts: the first tokens of blocks under `shift`."""
-        if self.block_length is None or self._alignment != "shift":
+        if self.block_length is None or not self._has_clean_copy or self._alignment != "shift":
             return None
         return eligible_BL & block_starts(positions_BL, self.block_length(step))
 

@@ -4,7 +4,8 @@
 at all (the kernel's own bidirectional or causal path), a dense 4-D mask, or a FlexAttention BlockMask. Tests hold them equal.
 
 One-stream patterns (`bidirectional`, and `causal` with everything between) see one copy of a row. Two-stream patterns train a model
-that fills a text block after block: they run [x_t | x_0], the noised copy and the clean one, under one mask (streams.py).
+that fills a text block after block: they run [x_t | x_0], the noised copy and the clean one, under one mask (streams.py). The third kind
+of one stream, `block_causal_noisy`, trains such a model on x_t alone: a block sees itself and the noised blocks before it.
 
 Shapes: B rows, L positions of a row, S positions of what the model runs (L, or 2L with two streams); masks are (B or 1, 1, S, S),
 query before key.
@@ -18,7 +19,7 @@ import torch
 
 from dlmconvert.diffusion.randomness import ATTENTION_PAIR, counter_uniform
 
-ONE_STREAM = ("bidirectional", "causal")
+ONE_STREAM = ("bidirectional", "causal", "block_causal_noisy")
 TWO_STREAMS = ("block_causal", "context_causal", "causal_in_block")
 PATTERNS = ONE_STREAM + TWO_STREAMS
 
@@ -33,10 +34,10 @@ class AttentionContext:
         document of its own, so a padding query keeps itself as a key and softmax stays finite.
     look_ahead: the furthest key that a query sees lies so many positions ahead of it; None is no limit.
         The numbers are tensors of no dimension only inside a compiled kernel.
-    pattern: `bidirectional` covers all one-stream patterns, by its open_ratio; else a two-stream pattern, for which the fields above,
+    pattern: `bidirectional` covers `causal` and all between, by its open_ratio; else a block pattern, for which the fields above,
         but segments_BL, mean nothing.
-    block_length: of a two-stream pattern. blocks_BL: block number of each position, counted from the start of its document; None
-        counts from the start of the row. length: L, where the clean copy begins.
+    block_length: of a block pattern, None for the others. blocks_BL: block number of each position, counted from the start of its document; None
+        counts from the start of the row. length: L, where the clean copy begins, of a two-stream pattern.
     """
 
     open_ratio: float | torch.Tensor = 1.0
@@ -52,6 +53,13 @@ class AttentionContext:
     @property
     def has_two_streams(self) -> bool:
         return self.pattern in TWO_STREAMS
+
+    def in_documents(self, segments_BL: torch.Tensor | None, positions_BL: torch.Tensor) -> AttentionContext:
+        """The same pattern within documents; position ids restart with them, and so do blocks. None: each row is one document."""
+        if segments_BL is None:
+            return self
+        blocks_BL = None if self.block_length is None else positions_BL // self.block_length
+        return replace(self, segments_BL=segments_BL, blocks_BL=blocks_BL)
 
 
 CAUSAL = AttentionContext(open_ratio=0.0)
@@ -78,7 +86,10 @@ def allowed(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, context
     """bool: may position `query` of row `batch` see position `key`? The arguments broadcast."""
     if context.has_two_streams:
         return _allowed_two_streams(batch, query, key, context)
-    result = pair_open(query, key, context)
+    if context.pattern == "block_causal_noisy":
+        result = _blocks(batch, key, context) <= _blocks(batch, query, context)
+    else:
+        result = pair_open(query, key, context)
     if context.segments_BL is not None:
         result = result & (context.segments_BL[batch, query] == context.segments_BL[batch, key])
     return result
@@ -99,10 +110,7 @@ def _allowed_two_streams(batch: torch.Tensor, query: torch.Tensor, key: torch.Te
     length = context.length
     is_clean_q, is_clean_k = query >= length, key >= length
     q, k = query % length, key % length
-    if context.blocks_BL is None:
-        block_q, block_k = q // context.block_length, k // context.block_length
-    else:
-        block_q, block_k = context.blocks_BL[batch, q], context.blocks_BL[batch, k]
+    block_q, block_k = _blocks(batch, q, context), _blocks(batch, k, context)
     in_block = block_q == block_k
     if context.pattern == "causal_in_block":
         in_block = in_block & (k <= q)
@@ -111,6 +119,10 @@ def _allowed_two_streams(batch: torch.Tensor, query: torch.Tensor, key: torch.Te
     if context.segments_BL is not None:
         result = result & (context.segments_BL[batch, q] == context.segments_BL[batch, k])
     return result
+
+
+def _blocks(batch: torch.Tensor, position: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    return position // context.block_length if context.blocks_BL is None else context.blocks_BL[batch, position]
 
 
 def allowed_matrix(length: int, context: AttentionContext, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -139,7 +151,7 @@ def realise(
     dtype: of the hidden states. A dense mask is boolean for sdpa and additive (0 / lowest finite number) for all others:
     eager adds the mask to the scores, where a boolean one would silently do nothing.
     """
-    if context.segments_BL is None and not context.has_two_streams and (context.open_ratio == 0.0 or (context.open_ratio == 1.0 and context.look_ahead is None)):
+    if context.segments_BL is None and context.pattern == "bidirectional" and (context.open_ratio == 0.0 or (context.open_ratio == 1.0 and context.look_ahead is None)):
         return RealisedAttention(mask=None, is_causal=context.open_ratio == 0.0)
     if implementation == "flex_attention":
         return RealisedAttention(mask=_block_mask(context, length, device), is_causal=False)

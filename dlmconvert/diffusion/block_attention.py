@@ -9,7 +9,8 @@ columns of the clean copy, and behind them the noised columns of one block, so
     clean  -> noised   never
 
 collapses into one comparison a pattern (arXiv 2503.09573, 2512.06776, 2604.11035): the keys and values of clean columns never
-depend on what stands behind them, which is what makes their cache exact.
+depend on what stands behind them, which is what makes their cache exact. `block_causal_noisy` sees what `block_causal` does: it differs in
+training only, where the blocks before are as noised as the block itself.
 
 Shapes: queries and keys are columns of a row, tensors that broadcast.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import torch
 
 # Patterns whose models fill a text block after block, from left to right.
-BLOCK_PATTERNS = ("block_causal", "context_causal", "causal_in_block")
+BLOCK_PATTERNS = ("block_causal", "block_causal_noisy", "context_causal", "causal_in_block")
 # Of these, where a block may start anywhere and be of any length: clean columns are an ordinary causal context.
 FREE_BLOCKS = ("context_causal", "causal_in_block")
 
@@ -40,10 +41,15 @@ def sees_at_inference(
     if pattern == "causal_in_block":
         return key <= query
     within_blocks = block_of(key, block_length, origin) <= block_of(query, block_length, origin)
-    if pattern == "block_causal":
+    if with_clean_context(pattern) == "block_causal":
         return within_blocks
     assert pattern == "context_causal", pattern
     return torch.where(query < noised_from, key <= query, within_blocks)
+
+
+def with_clean_context(pattern: str) -> str:
+    """The two-stream pattern that shows each noised block what decoding shows it: clean text before it."""
+    return "block_causal" if pattern == "block_causal_noisy" else pattern
 
 
 def block_of(column: torch.Tensor, block_length: int, origin: torch.Tensor | int) -> torch.Tensor:

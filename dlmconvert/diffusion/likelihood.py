@@ -17,89 +17,64 @@ from dlmconvert.diffusion.randomness import LIKELIHOOD, counter_uniform
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def exact_counts(num_targets_B: torch.Tensor, row_keys_B: torch.Tensor, draw: int, num_draws: int, seed: int) -> torch.Tensor:
-    """l_B in 1..n: how many of a row's n targets are masked in draw `draw` of `num_draws`.
+def exact_counts(num_targets_BG: torch.Tensor, row_keys_B: torch.Tensor, draw: int, num_draws: int, seed: int) -> torch.Tensor:
+    """l_BG in 1..n: how many of a group's n targets are masked in draw `draw` of `num_draws`. A group is a row, or a block of it.
 
     Stratified over the draws of a row: l = floor(n (draw + u) / K) + 1 with one u a draw. Each l has probability 1/n over a
     uniformly random draw, so the average over draws is unbiased (unlike rounding half to even: methods of LLaDA's release).
+    The blocks of a row walk through the strata out of step, so that each draw has all counts somewhere.
     """
-    u_B = counter_uniform(LIKELIHOOD, seed, row_keys_B, draw, -1)
-    level_B = num_targets_B * (draw + u_B) / num_draws
-    return torch.minimum(level_B.floor().long() + 1, num_targets_B)
+    groups_G = torch.arange(num_targets_BG.shape[1], device=num_targets_BG.device)
+    u_BG = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, -1 - groups_G)
+    level_BG = num_targets_BG * ((draw + groups_G) % num_draws + u_BG) / num_draws
+    return torch.minimum(level_BG.floor().long() + 1, num_targets_BG)
 
 
-def random_subset(targets_BL: torch.Tensor, counts_B: torch.Tensor, row_keys_B: torch.Tensor, draw: int, seed: int) -> torch.Tensor:
-    """bool (B, L): exactly l of each row's targets, uniformly, keyed by row and draw."""
+def random_subset(
+    targets_BL: torch.Tensor, blocks_BL: torch.Tensor, row_keys_B: torch.Tensor, draw: int, num_draws: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(masked_BL, weight_BL): exactly l of the n targets of each block, uniformly, keyed by row and draw; and n / l.
+
+    blocks_BL: 0 .. G - 1 along the row, 0 everywhere for one group a row.
+    """
+    num_targets_BG = count_in_groups(targets_BL, blocks_BL, int(blocks_BL.max()) + 1)
+    counts_BG = exact_counts(num_targets_BG, row_keys_B, draw, num_draws, seed)
     positions_L = torch.arange(targets_BL.shape[1], device=targets_BL.device)
     u_BL = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, positions_L[None, :])
-    return smallest_draws(targets_BL, counts_B, u_BL)
+    return smallest_draws(targets_BL, counts_BG, u_BL, blocks_BL), (num_targets_BG / counts_BG.clamp(min=1)).gather(1, blocks_BL)
 
 
 def nelbo_draw(
-    predict: Predict,
-    x_0_BL: torch.Tensor,
-    targets_BL: torch.Tensor,
-    row_keys_B: torch.Tensor,
-    mask_token_id: int,
-    *,
-    draw: int,
-    num_draws: int,
-    seed: int,
-    positions_BL: torch.Tensor,
-    segments_BL: torch.Tensor | None = None,
-) -> torch.Tensor:
+    predict: Predict, x_0_BL: torch.Tensor, targets_BL: torch.Tensor, row_keys_B: torch.Tensor, mask_token_id: int, *, draw: int, num_draws: int,
+    seed: int, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """One draw of the estimator: nats_B = (n / l) sum over the l masked targets of CE_i; its mean over draws is the NELBO.
 
     NELBO = E_{l ~ U{1..n}} [ (n / l) E[ sum CE ] ] >= -log p(targets | the rest)  (LLaDA, arXiv 2502.09992, Eq. 6; equal in
     expectation to Bernoulli masking with weight 1/t). Tokens that are not targets stay clean: they are the condition. The mask
     token stays in the softmax, as in training. Rows without targets give 0.
     """
-    num_targets_B = targets_BL.sum(1)
-    counts_B = exact_counts(num_targets_B, row_keys_B, draw, num_draws, seed)
-    masked_BL = random_subset(targets_BL, counts_B, row_keys_B, draw, seed)
-    x_t_BL = x_0_BL.masked_fill(masked_BL, mask_token_id)
-    logits_NV = predict(x_t_BL, masked_BL, positions_BL, segments_BL)
-    return _row_sums(cross_entropy(logits_NV, x_0_BL[masked_BL]), masked_BL) * num_targets_B / counts_B.clamp(min=1)
+    masked_BL, weight_BL = random_subset(targets_BL, torch.zeros_like(x_0_BL), row_keys_B, draw, num_draws, seed)
+    logits_NV = predict(x_0_BL.masked_fill(masked_BL, mask_token_id), masked_BL, positions_BL, segments_BL)
+    return _row_sums(cross_entropy(logits_NV, x_0_BL[masked_BL]), masked_BL, weight_BL)
 
 
 def block_nelbo_draw(
-    predict: Callable[..., torch.Tensor],
-    x_0_BL: torch.Tensor,
-    targets_BL: torch.Tensor,
-    starts_BL: torch.Tensor,
-    blocks_BL: torch.Tensor,
-    row_keys_B: torch.Tensor,
-    mask_token_id: int,
-    *,
-    draw: int,
-    num_draws: int,
-    seed: int,
-    positions_BL: torch.Tensor,
+    predict: Callable[..., torch.Tensor], x_0_BL: torch.Tensor, targets_BL: torch.Tensor, starts_BL: torch.Tensor, blocks_BL: torch.Tensor,
+    row_keys_B: torch.Tensor, mask_token_id: int, *, draw: int, num_draws: int, seed: int, positions_BL: torch.Tensor,
     segments_BL: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """One draw of the block model's bound, all blocks in one two-stream forward: nats_B.
 
     sum_b NELBO(block b | clean blocks before it), each by exact counts as in `nelbo_draw`, with a count and a subset of its own (BD3-LM,
     arXiv 2503.09573, Eq. 6-7). starts_BL: targets that the clean copy predicts, exactly (streams.py). blocks_BL: 0 .. G - 1 along the row.
     predict(x_t_BL, x_0_BL, masked_BL, starts_BL, positions_BL, segments_BL) -> logits in the order of [masked | starts].
     """
-    num_groups = int(blocks_BL.max()) + 1
-    maskable_BL = targets_BL & ~starts_BL
-    num_targets_BG = count_in_groups(maskable_BL, blocks_BL, num_groups)
-    groups_1G = torch.arange(num_groups, device=x_0_BL.device)[None]
-    u_BG = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, -2 - groups_1G)
-    # The blocks of a row walk through the strata out of step, so that each draw has all counts somewhere.
-    stratum_BG = (draw + groups_1G) % num_draws
-    counts_BG = torch.minimum((num_targets_BG * (stratum_BG + u_BG) / num_draws).floor().long() + 1, num_targets_BG)
-    positions_L = torch.arange(x_0_BL.shape[1], device=x_0_BL.device)
-    u_BL = counter_uniform(LIKELIHOOD, seed, row_keys_B[:, None], draw, positions_L[None])
-    masked_BL = smallest_draws(maskable_BL, counts_BG, u_BL, blocks_BL)
+    masked_BL, weight_BL = random_subset(targets_BL & ~starts_BL, blocks_BL, row_keys_B, draw, num_draws, seed)
     logits_NV = predict(x_0_BL.masked_fill(masked_BL, mask_token_id), x_0_BL, masked_BL, starts_BL, positions_BL, segments_BL)
     chosen_BS = torch.cat([masked_BL, starts_BL], dim=1)
-    weight_BL = (num_targets_BG / counts_BG.clamp(min=1)).gather(1, blocks_BL)
-    weight_BS = torch.cat([weight_BL, torch.ones_like(weight_BL)], dim=1)
     ce_N = cross_entropy(logits_NV, torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS])
-    return _row_sums(ce_N * weight_BS[chosen_BS].to(ce_N.dtype), chosen_BS)
+    return _row_sums(ce_N, chosen_BS, torch.cat([weight_BL, torch.ones_like(weight_BL)], dim=1))
 
 
 def ar_nll(
@@ -110,11 +85,11 @@ def ar_nll(
     return _row_sums(cross_entropy(logits_NV, x_0_BL[targets_BL]), targets_BL)
 
 
-def _row_sums(ce_N: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
+def _row_sums(ce_N: torch.Tensor, chosen_BL: torch.Tensor, weight_BL: torch.Tensor | None = None) -> torch.Tensor:
     # Apple's GPUs have no float64.
-    ce_BL = torch.zeros(masked_BL.shape, dtype=torch.float32 if ce_N.device.type == "mps" else torch.float64, device=ce_N.device)
-    ce_BL[masked_BL] = ce_N.to(ce_BL.dtype)
-    return ce_BL.sum(1)
+    ce_BL = torch.zeros(chosen_BL.shape, dtype=torch.float32 if ce_N.device.type == "mps" else torch.float64, device=ce_N.device)
+    ce_BL[chosen_BL] = ce_N.to(ce_BL.dtype)
+    return (ce_BL if weight_BL is None else ce_BL * weight_BL).sum(1)
 
 
 def mean_and_standard_error(nats_B: torch.Tensor, tokens_B: torch.Tensor) -> tuple[float, float]:

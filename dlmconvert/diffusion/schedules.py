@@ -77,7 +77,7 @@ def open_share(context: AttentionContext, length: int) -> float:
 
     Of a block pattern: of the noised copy's pairs within its block, out of all future pairs.
     """
-    if context.has_two_streams:
+    if context.block_length is not None:
         if context.pattern == "causal_in_block" or length < 2:
             return 0.0
         whole, rest = divmod(length, min(int(context.block_length), length))

@@ -30,11 +30,6 @@ def reading_positions(noised_targets_BL: torch.Tensor, clean_targets_BL: torch.T
     return torch.cat([predicting_positions(noised_targets_BL, alignment), predicting_positions(clean_targets_BL, "shift")], dim=1)
 
 
-def block_numbers(positions_BL: torch.Tensor, block_length: int) -> torch.Tensor:
-    """b_BL = floor(position / L'): blocks count from the start of a document wherever its position ids do."""
-    return positions_BL // block_length
-
-
 def block_starts(positions_BL: torch.Tensor, block_length: int) -> torch.Tensor:
     """bool (B, L): the first token of each block."""
     return positions_BL % block_length == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.errors import Interrupted
 from dlmconvert.evaluation.quality import accuracy, distinct, source_nats
 from dlmconvert.sampling.api import OPTIONS, Options
 from dlmconvert.sampling.canvas import build_canvas, cut_at
 from dlmconvert.sampling.denoise import denoise
 
 AR = "AR source, KV cache"
+SOURCE_AS_HELPER = "source"  # the AR source beside the model that was made of it (APD)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Sampler:
 @dataclass(frozen=True)
 class Task:
     """What every sampler does. prompts: rows of tokens. num_new: tokens after each prompt. batch: rows at once. end_ids: texts may
-    end when there are `answers`; else these tokens are banned, so that all make texts of one length."""
+    end when there are `answers`; else these tokens are banned, so that all make texts of one length. helpers: the AR models that
+    samplers name (APD), with a causal `predict`."""
 
     prompts: Sequence[Sequence[int]]
     num_new: int
@@ -45,6 +48,7 @@ class Task:
     end_ids: Sequence[int] = ()
     answers: Sequence[str] | None = None
     seed: int = 0
+    helpers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def batches(self) -> list[range]:
@@ -55,7 +59,8 @@ class Task:
 @dataclass
 class Pass:
     """One pass over the prompts. texts: tokens that were made, up to the end. num_filled: tokens that were made at all, the end
-    token included. nfe: forwards, a batch counted once. firsts: seconds until the first token of every text of a batch stands."""
+    token included. nfe: forwards, a batch counted once. firsts: of each batch the seconds until the first new token of any of its rows,
+    counted from the left, stands: what a reader of the stream sees first."""
 
     texts: list[list[int]] = field(default_factory=list)
     num_filled: int = 0
@@ -121,7 +126,7 @@ def default_samplers(num_new: int, temperature: float, works: Callable[[dict[str
         choices += [{"alg": "confidence", "steps": num_new, "block_length": block, "cache": cache}]
         choices += [{"threshold": tau, "block_length": block, "cache": cache} for tau in (0.9, 0.7)]
     choices += [{"revision": "p2", "steps": some[-1]}, {"revision": "wino", "block_length": block}]
-    choices += [{"draft_length": length} for length in (4, 8)]
+    choices += [{"draft_length": length} for length in (4, 8)] + [{"helper": SOURCE_AS_HELPER, "draft_length": 16}]
     # A block model takes its exact cache and its own block length by itself.
     choices += [{"threshold": 0.9, "cache": "block"}, {"threshold": 0.9, "cache": "none"}]
     choices = [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
@@ -141,6 +146,14 @@ def check_sampler(denoiser: Denoiser, task: Task, settings: dict[str, Any]) -> N
     _open(denoiser, task, task.batches[0], settings)
 
 
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM. results: of the samplers that had come through at least one timed pass."""
+
+    def __init__(self, results: list[Result]):
+        super().__init__(f"stopped, {len(results)} samplers measured")
+        self.results = results
+
+
 def benchmark(
     denoiser: Denoiser,
     source: Any,
@@ -155,6 +168,7 @@ def benchmark(
     """Run all samplers, and the AR source beside them when there is one (a causal model of transformers, else None).
 
     decode_source: False only lets it judge. measure_memory: False saves a little time. advance: called with the sampler's name after each pass, 1 + repeats of them a sampler.
+    Raises Stopped, with what was measured so far, when it is interrupted.
     """
     if source is not None and decode_source:
         temperature = next((s.settings.get("temperature", 0.0) for s in samplers), 0.0)
@@ -168,19 +182,25 @@ def benchmark(
             return run_source(source, task, batches, source_settings)
         return run_sampler(denoiser, task, batches, sampler.settings)
 
-    for sampler in samplers:
-        warm_up = partial(work, sampler, task.batches[:1])
-        memory[sampler.name] = peak_memory(warm_up, denoiser.device) if measure_memory else warm_up() and None
-        advance(sampler.name)
-    for turn in range(repeats):
-        shift = turn * len(samplers) // max(repeats, 1)
-        for sampler in [*samplers[shift:], *samplers[:shift]]:
-            passes[sampler.name].append(work(sampler, task.batches))
+    stopped = None
+    try:
+        for sampler in samplers:
+            warm_up = partial(work, sampler, task.batches[:1])
+            memory[sampler.name] = peak_memory(warm_up, denoiser.device) if measure_memory else warm_up() and None
             advance(sampler.name)
-    results = [_result(sampler, passes[sampler.name], memory[sampler.name]) for sampler in samplers]
+        for turn in range(repeats):
+            shift = turn * len(samplers) // max(repeats, 1)
+            for sampler in [*samplers[shift:], *samplers[:shift]]:
+                passes[sampler.name].append(work(sampler, task.batches))
+                advance(sampler.name)
+    except (KeyboardInterrupt, Interrupted) as interruption:
+        stopped = interruption
+    results = [_result(sampler, passes[sampler.name], memory[sampler.name]) for sampler in samplers if passes[sampler.name]]
     for result in results:
         judge(result, source, denoiser.tokenizer, task)
     mark_front(results)
+    if stopped is not None:
+        raise Stopped(results) from stopped
     return results
 
 
@@ -231,7 +251,12 @@ def mark_front(results: Sequence[Result]) -> None:
 
 def _open(denoiser: Denoiser, task: Task, batch: range, settings: dict[str, Any]):
     """(canvas, steps). A row's draws are keyed by the number of its prompt, so that texts do not depend on the size of the batches."""
-    options = Options(**{name: value for name, value in settings.items() if name in OPTIONS} | {"seed": task.seed, "eos_token_id": list(task.end_ids)})
+    own = {"seed": task.seed, "eos_token_id": list(task.end_ids)}
+    if settings.get("helper") is not None:
+        if settings["helper"] not in task.helpers:
+            raise ValueError(f"there is no AR model {settings['helper']!r} to help")
+        own["helper"] = task.helpers[settings["helper"]]
+    options = Options(**{name: value for name, value in settings.items() if name in OPTIONS} | own)
     canvas = build_canvas([[*task.prompts[number], *[None] * task.num_new] for number in batch], 0, denoiser.device, list(batch))
     ends = {"end_ids": options.ends} if task.answers is not None else {"banned_ids": options.ends}
     return canvas, denoise(denoiser, canvas, **options.of_the_loop(), **ends)
@@ -247,7 +272,7 @@ def run_sampler(denoiser: Denoiser, task: Task, batches: Sequence[range], settin
         _synchronise(denoiser.device)
         began, first, step, num_given_back = time.perf_counter(), None, None, 0
         for step in steps:
-            if first is None and not bool(step.masked_BL.gather(1, firsts_B).any()):
+            if first is None and not bool(step.masked_BL.gather(1, firsts_B).all()):
                 first = time.perf_counter() - began
             num_given_back = num_given_back + step.given_back_BL.sum()
         _synchronise(denoiser.device)

@@ -15,6 +15,8 @@ def kind_of(result: Result) -> str:
     settings = result.settings
     if settings is None:
         return "AR source, KV cache"
+    if settings.get("helper"):
+        return "AR helper (APD)"
     if settings.get("draft_length"):
         return "self-speculation"
     if settings.get("revision"):
@@ -29,7 +31,7 @@ def kind_of(result: Result) -> str:
 def plot_tradeoff(results: Sequence[Result], title: str, path: Path) -> None:
     """A PNG. Without a quality that was measured the vertical axis is distinct-2. Raises OSError."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     judged = all(loss_of(result) is not None for result in results)
     by_accuracy = judged and results[0].accuracy is not None
@@ -64,6 +66,7 @@ def plot_tradeoff(results: Sequence[Result], title: str, path: Path) -> None:
     axis.set_xlabel("tokens a second (median, lowest to highest)")
     axis.set_ylabel("accuracy" if by_accuracy else "nats a token under the AR source (low is fluent)" if judged else "distinct-2")
     axis.grid(alpha=0.3, which="both")
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # labels of all nine would stand on each other
     for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         ticks(ScalarFormatter())
     axis.tick_params(axis="x", which="minor", labelsize=7)

@@ -16,7 +16,7 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.data.loader import positions
 from dlmconvert.diffusion.alignment import predictable
-from dlmconvert.diffusion.attention import TWO_STREAMS
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.diffusion.likelihood import ar_nll, block_nelbo_draw, mean_and_standard_error, nelbo_draw
 from dlmconvert.diffusion.streams import block_starts
 
@@ -124,13 +124,14 @@ def row_nats(
         advance(len(x_0_BL))
         return nats_B.cpu().double()
     nats_B = torch.zeros(len(x_0_BL), dtype=torch.float64)
-    if denoiser.spec.attention in TWO_STREAMS:
+    is_block_model = denoiser.spec.attention in BLOCK_PATTERNS
+    if is_block_model:
         starts_BL = block_starts(positions_BL, denoiser.spec.block_length)
         blocks_BL = starts_BL.cumsum(1) - 1
         read_clean_BL = targets_BL & starts_BL if denoiser.alignment == "shift" else torch.zeros_like(targets_BL)
     for draw in range(draws):
         how = {"draw": draw, "num_draws": draws, "seed": seed, "positions_BL": positions_BL, "segments_BL": segments_BL}
-        if denoiser.spec.attention in TWO_STREAMS:
+        if is_block_model:
             found_B = block_nelbo_draw(
                 denoiser.predict_blocks, x_0_BL, targets_BL, read_clean_BL, blocks_BL, keys_B, denoiser.mask_token_id, **how
             )  # fmt: skip

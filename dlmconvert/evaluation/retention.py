@@ -28,6 +28,7 @@ from dlmconvert.diffusion.attention import AttentionContext
 from dlmconvert.diffusion.objective import cross_entropy
 from dlmconvert.errors import UserError
 from dlmconvert.evaluation.nelbo import RowSource
+from dlmconvert.evaluation.own_tokens import OwnTokens
 
 KINDS = ("attention", "MLP", "norm", "embedding", "head", "other")
 # The first that is found in a tensor's name decides: a norm inside an attention block is a norm.
@@ -86,8 +87,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Retention:
+    """own: None for a model that does not denoise."""
+
     weights: WeightDrift
     agreement: Agreement
+    own: OwnTokens | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sentence": sentence(self)}
@@ -203,12 +207,13 @@ def causal_agreement(
 
 def sentence(retention: Retention) -> str:
     """The report in words, with its numbers."""
-    weights, agreement = retention.weights, retention.agreement
+    weights, agreement, own = retention.weights, retention.agreement, retention.own
+    of_itself = "" if own is None else f", and its own AR path {own.acceptance:.1%} of the tokens that it fills in"
     most = max(weights.by_kind, key=lambda part: part.relative or 0.0)
     lowest = min(range(len(agreement.cosine)), key=agreement.cosine.__getitem__)
     return (
         f"Read from left to right, the converted model picks the source's token at {agreement.greedy:.1%} of positions and the source "
-        f"would accept {agreement.acceptance:.1%} of what it samples; AR perplexity goes from {agreement.perplexity_before:.4g} to "
+        f"would accept {agreement.acceptance:.1%} of what it samples so{of_itself}; AR perplexity goes from {agreement.perplexity_before:.4g} to "
         f"{agreement.perplexity_after:.4g}, hidden states keep a cosine of {agreement.cosine[lowest]:.3f} where they turned most "
         f"({'in the embeddings' if lowest == 0 else f'behind layer {lowest - 1}'}), and the weights moved by "
         f"{weights.total.relative or 0.0:.2%} of their norm (most: {most.kind}, {most.relative or 0.0:.2%})."

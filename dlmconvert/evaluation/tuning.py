@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlmconvert.backbone.denoiser import Denoiser
-from dlmconvert.evaluation.benchmark import Result, Sampler, Task, benchmark, loss_of, name_of
+from dlmconvert.evaluation.benchmark import Result, Sampler, Stopped, Task, benchmark, loss_of, name_of
 
 _REFINEMENTS = 4
 _FINALISTS = 3
@@ -87,13 +87,19 @@ def tune(
 ) -> Tuned:
     """Try, refine, race. base: settings that all share (temperature, top_p, ...). source: judges; None when the task has answers.
 
+    Raises Stopped, with all that was tried so far, when it is interrupted.
     begin: called with the name of a phase and its number of passes; advance: with the sampler's name after each of them.
     """
 
     def run(settings: Sequence[dict[str, Any]], repeats: int) -> list[Result]:
         samplers = [Sampler(name_of(choice), {**base, **choice}) for choice in settings]
-        return benchmark(denoiser, source, samplers, task, repeats=repeats, decode_source=False, measure_memory=False, advance=advance)
+        try:
+            return benchmark(denoiser, source, samplers, task, repeats=repeats, decode_source=False, measure_memory=False, advance=advance)
+        except Stopped as stop:
+            again = {result.name for result in stop.results}
+            raise Stopped([*(result for result in results if result.name not in again), *stop.results]) from stop
 
+    results: list[Result] = []
     grid = coarse_grid(task.num_new, works)
     begin("coarse grid", 2 * len(grid))
     results = run(grid, 1)

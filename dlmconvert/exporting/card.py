@@ -100,7 +100,7 @@ def _source(facts: CardFacts) -> str:
 
 def _warnings(spec: DlmSpec) -> str:
     lines = [
-        f"- **Not an autoregressive model.** {_attention_warning(spec)} Load it with `trust_remote_code=True` (transformers 5.22 or newer).",
+        f"- **{'Two models in one' if spec.gated_adapter else 'Not an autoregressive model'}.** {_attention_warning(spec)} Load it with `trust_remote_code=True` (transformers 5.22 or newer).",
         "- Its likelihood is a **bound**: a NELBO is an upper bound of the negative log-likelihood, estimated by sampling masks. "
         "It is not directly comparable with an autoregressive NLL, which is exact.",
     ]
@@ -119,6 +119,8 @@ def _view(spec: DlmSpec) -> str:
 
 
 def _attention_warning(spec: DlmSpec) -> str:
+    if spec.gated_adapter is not None:
+        return "Adapters act on masks only: `generate()` is the autoregressive source, bit for bit, and `diffusion_generate()` the diffusion model."
     if spec.attention in BLOCK_PATTERNS:
         return f"It fills blocks of {spec.block_length} tokens from left to right, each seeing the text before it and itself; `generate()` refuses."
     return "Its attention sees both sides, so next-token decoding gives nonsense; `generate()` refuses."
@@ -157,6 +159,7 @@ def _axes(spec: DlmSpec, family: SourceFamily) -> str:
         ("corruption", f"`{spec.corruption}`, mask token {spec.mask_token_id}"),
         ("objective", f"`{spec.objective}`"),
         ("last stage trained", f"`{spec.trained}`"),
+        *([("adapters", "on masks only, tensors `gated.*`: " + ", ".join(f"{k}={v}" for k, v in spec.gated_adapter.items()))] if spec.gated_adapter else []),
         *([("annealing", ", ".join(f"{k}={v}" for k, v in spec.annealing.items()))] if spec.annealing else []),
     ]
     return _table(("", ""), rows)
@@ -196,6 +199,7 @@ def _checks(checks: dict[str, Any] | None, notes: list[str]) -> str:
                     f"- Loaded with {checks['loaded_with']}.",
                     f"- Logits {exact} to the trained model's at {checks['positions_compared']} predictions ({'; '.join(checks['states'])}); "
                     f"allowed: {checks['allowed_logit_difference']}.",
+                    *(["- Without masks its autoregressive logits (`as_source`) are those of the source's weights, bit for bit."] if "autoregressive_logits" in checks else []),
                     f"- A change of the last token moved {moved} of {total} earlier predictions.",
                     f"- {checks['sampler_parity']}; the mask token is never produced.",
                     "- The tokenizer encodes as in training, and the mask token survives it. " + "; ".join(checks["files"]) + ".",

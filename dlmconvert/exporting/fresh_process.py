@@ -48,13 +48,17 @@ def answer(folder, questions):
             questions["prompts_BP"], questions["prompts_mask_BP"], max_new_tokens=questions["max_new_tokens"], **greedy
         )
         infilled = model.infill([[None if t < 0 else t for t in row] for row in questions["gaps"]], **greedy)
+        source = {}
+        if questions["is_gated"]:
+            with model.as_source():
+                source = {"source_BLV": model(input_ids=questions["clean_BL"]).logits}
     try:
-        model.generate(first["tokens_BL"])
+        model.generate(questions["prompts_BP"], max_new_tokens=1)
         refuses_generate = False
     except NotImplementedError:
         refuses_generate = True
     mask_id = model.config.mask_token_id
-    return {
+    return source | {
         "logits": logits,
         "plain_BLV": plain_BLV,
         "moved_BL": (plain_BLV - changed_BLV).abs().amax(-1) > 0,

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dlmconvert import __version__
+from dlmconvert.backbone.gated_files import FILE as GATED_FILE
+from dlmconvert.backbone.gated_files import PREFIX as GATED
 from dlmconvert.backbone.load import load_config, load_tokenizer
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
@@ -73,16 +75,12 @@ def export_folder(
     say("checking the model")
     config = load_config(model_folder)
     spec = spec_from_config(config, str(model_folder))
-    if spec.gated_adapter is not None:
-        raise UserError(
-            f"{model_folder} cannot be exported: its adapters act on masks only",
-            "merged, they would change the autoregressive model too, and no format carries the gate",
-            "use the folder as it is (dlmconvert sample, eval, bench); without its `gated` folder it is the source",
-        )
     family = source_family(config, str(model_folder))
     values = json.loads((model_folder / "config.json").read_text())
     refuse(chosen, spec, family, values, model_folder)
     table = tensor_table(model_folder)
+    if spec.gated_adapter is not None and not any(name.startswith(GATED) for name in table):
+        raise UserError(f"{model_folder} has no {GATED_FILE}", "its dlm section speaks of adapters that act on masks only", "export a finished stage's model folder")
     tokenizer = load_tokenizer(model_folder)
     check_tokens(spec, tokenizer, table, embedding_names(config), values, model_folder)
     rewritten, notes = rewritten_values(config)

@@ -8,11 +8,14 @@ Shapes: B rows, L positions, N wanted tokens in row-major order, V rows of the o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from dlmconvert.backbone.gated import GatedAdapters
 from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store, realised_mask
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
@@ -29,16 +32,18 @@ class BidirectionalMixin:
         config.is_causal = False
         config.use_cache = False
         super().__init__(config, *args, **kwargs)
-        for module in self.modules():
-            if isinstance(getattr(module, "is_causal", None), bool):
-                module.is_causal = False
+        self._opened = [module for module in self.modules() if getattr(module, "is_causal", None) is True]
+        self._is_source = False  # see DiffusionMixin.as_source
+        for module in self._opened:
+            module.is_causal = False
 
     def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any):
         """As the source family's. For a block model that is given no mask of its own (none, or one of padding), every token sees
         what it sees as clean text."""
         section = self.config.dlm
         masked = attention_mask is not None and attention_mask.ndim != 2
-        if section.get("attention") in BLOCK_PATTERNS and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
+        is_block = section.get("attention") in BLOCK_PATTERNS and not self._is_source
+        if is_block and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
             real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (real_BL.cumsum(1) - 1).clamp(min=0)
@@ -52,7 +57,32 @@ class DiffusionMixin(BidirectionalMixin):
 
     `model(input_ids).logits` is the plain forward (bidirectional; of a block model, over clean text): row i is hidden state i,
     whatever the alignment. `predict` speaks of tokens: it returns the prediction of token i.
+
+    Where adapters act on masks only (`config.dlm["gated_adapter"]`), they are the part `gated` of this model, all other weights are those of the
+    autoregressive source, and `as_source` and `generate` are that source, to the last bit.
     """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        described = config.dlm.get("gated_adapter")
+        if described is not None:
+            self.gated = GatedAdapters(self, **described, mask_token_id=config.dlm["mask_token_id"], seed=None)
+
+    @contextmanager
+    def as_source(self) -> Iterator[None]:
+        """Inside, `model(input_ids)` is the autoregressive source: causal attention, its own logits. Only where the weights are still the
+        source's; raises NotImplementedError elsewhere."""
+        if self.config.dlm.get("gated_adapter") is None:
+            raise NotImplementedError("this is a diffusion language model: call model.diffusion_generate(...) or model.infill(...), not generate()")
+        self._is_source = self.config.is_causal = True
+        for module in self._opened:
+            module.is_causal = True
+        try:
+            yield
+        finally:
+            self._is_source = self.config.is_causal = False
+            for module in self._opened:
+                module.is_causal = False
 
     @torch.no_grad()
     def predict(
@@ -122,12 +152,13 @@ class DiffusionMixin(BidirectionalMixin):
         options = configured("diffusion_generate", kwargs, generation_config, self.generation_config)
         return diffusion_generate(_Predictor(self), inputs, attention_mask, streamer=streamer, stopping_criteria=stopping_criteria, **options)
 
-    def infill(self, rows: Any, tokenizer: Any = None, generation_config: Any = None, **kwargs: Any):
+    def infill(self, rows: Any, tokenizer: Any = None, generation_config: Any = None, streamer: Any = None, **kwargs: Any):
         """Fill gaps, seeing both sides.
 
         rows: token rows, lists of ids with None where a token is wanted; or a text or a list of texts with gaps such as
         `[[MASK:24]]` (24 tokens), which needs `tokenizer` and returns text. Keywords as in `diffusion_generate`; end tokens
-        are not put into gaps (eos_token_id=None: they may).
+        are not put into gaps (eos_token_id=None: they may). streamer: for one row or text; it is fed what stands left of the first
+        gap, and then the rest as far as it has no hole.
         """
         texts = [rows] if isinstance(rows, str) else list(rows)
         as_text = bool(texts) and isinstance(texts[0], str)
@@ -136,7 +167,7 @@ class DiffusionMixin(BidirectionalMixin):
         encoded = [encode_row(tokenizer, parse_gaps(text)) for text in texts] if as_text else [(row, 0) for row in texts]
         options = configured("infill", kwargs, generation_config, self.generation_config)
         options.pop("max_new_tokens", None)
-        filled = infill(_Predictor(self), [row for row, _ in encoded], **options)
+        filled = infill(_Predictor(self), [row for row, _ in encoded], streamer=streamer, **options)
         if not as_text:
             return filled
         output = filled if isinstance(filled, DiffusionOutput) else None
@@ -148,8 +179,17 @@ class DiffusionMixin(BidirectionalMixin):
         return replace(output, sequences=answer) if output else answer
 
     def generate(self, *args: Any, **kwargs: Any):
-        """Refuses: token-by-token decoding from the left is not what this model was trained for."""
-        raise NotImplementedError("this is a diffusion language model: call model.diffusion_generate(...) or model.infill(...), not generate()")
+        """transformers' generate with the autoregressive source, where its weights are still there (`as_source`); elsewhere it refuses:
+        token-by-token decoding from the left is not what this model was trained for. The temperature of generation_config.json is the
+        denoiser's: here it is greedy unless the call says otherwise."""
+        from transformers import GenerationConfig
+
+        with self.as_source():
+            if len(args) < 2 and kwargs.get("generation_config") is None:
+                # What is left open here would come from generation_config.json.
+                own = {name: getattr(self.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+                kwargs["generation_config"] = GenerationConfig(do_sample=False, temperature=1.0, top_p=1.0, use_cache=True, **own)
+            return super().generate(*args, **kwargs)
 
     @property
     def loss_function(self):

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from dlmconvert.backbone.load import load_denoiser
+from dlmconvert.backbone.load import load_config, load_denoiser, load_model
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.diffusion.alignment import predictable, predicting_positions
-from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, clean_seen
+from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, FREE_BLOCKS, clean_seen
 from dlmconvert.diffusion.randomness import counter_hash, counter_uniform
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.exporting.card import LOCAL_PATH
@@ -66,6 +66,8 @@ def verify_export(
     questions = make_questions(denoiser.spec, denoiser.model.config, tolerance)
     expected = reference_answers(denoiser, questions)
     spec = denoiser.spec
+    if questions["is_gated"]:
+        expected["source_BLV"] = source_logits(model_folder, questions)
     del denoiser
     gc.collect()
     say("asking the export, in a fresh process without dlmconvert")
@@ -119,6 +121,8 @@ def make_questions(spec: DlmSpec, config: Any, tolerance: Tolerance) -> dict[str
         "prompts_mask_BP": prompts_mask_BP,
         "gaps": [gaps[0].tolist(), gaps[1, : length - cut].tolist()] if not is_block else [row[:prompt] + [-1] * cut for row in tokens_BL[:2].tolist()],
         "is_block": is_block,
+        "is_gated": spec.gated_adapter is not None,
+        "clean_BL": tokens_BL,
         "another_token": next(t for t in range(spec.vocab_size) if t != spec.mask_token_id and t != ordinary and not bool((states[0]["tokens_BL"][:, -1] == t).any())),
         "max_new_tokens": length // 2,
         "steps": None if is_block else STEPS,
@@ -138,6 +142,17 @@ def reference_answers(denoiser: Any, questions: dict[str, Any]) -> dict[str, Any
         infilled = infill(denoiser, [[None if t < 0 else t for t in row] for row in questions["gaps"]], **greedy)
     encoded = [denoiser.tokenizer(text)["input_ids"] for text in questions["texts"]]
     return {"logits": logits, "generated_BL": generated_BL, "infilled": infilled, "encoded": encoded}
+
+
+def source_logits(model_folder: Path, questions: dict[str, Any]) -> torch.Tensor:
+    """logits_BLV of text without masks by the plain autoregressive model whose weights lie in the folder: no adapters, no code of ours."""
+    config = load_config(model_folder)
+    for name in ("dlm", "is_causal"):
+        if hasattr(config, name):
+            delattr(config, name)
+    model = load_model(model_folder, config, getattr(torch, questions["dtype"])).eval()
+    with torch.no_grad():
+        return model(input_ids=questions["clean_BL"]).logits
 
 
 def questions_of(denoiser: Any, state: dict[str, Any]) -> torch.Tensor:
@@ -202,7 +217,7 @@ def compare(expected: dict[str, Any], answers: dict[str, Any], questions: dict[s
     moved_BL = answers["moved_BL"][:, :-1]
     if questions["is_block"]:  # the last token is seen by its own block, or by nothing before it
         last_block = (first["tokens_BL"].shape[1] - 1) // spec.block_length * spec.block_length
-        should_move_BL = (torch.arange(moved_BL.shape[1]) >= last_block).expand_as(moved_BL) & (spec.attention == "block_causal")
+        should_move_BL = (torch.arange(moved_BL.shape[1]) >= last_block).expand_as(moved_BL) & (spec.attention not in FREE_BLOCKS)
         right = torch.equal(moved_BL, should_move_BL)
     else:
         right = 2 * int(moved_BL.sum()) >= moved_BL.numel()
@@ -227,7 +242,9 @@ def compare(expected: dict[str, Any], answers: dict[str, Any], questions: dict[s
     )
     for text, ours, theirs in zip(questions["texts"], expected["encoded"], report["encoded"], strict=True):
         hold(ours == theirs, f"the tokenizer makes {theirs[:12]} of {text!r}, and {ours[:12]} in training")
-    hold(report["refuses_generate"], "generate() decodes from left to right")
+    hold(report["refuses_generate"] != questions["is_gated"], "generate() decodes from left to right" if report["refuses_generate"] is False else "generate() refuses")
+    if questions["is_gated"]:
+        hold(torch.equal(expected["source_BLV"], answers["source_BLV"]), "without masks its autoregressive logits are not the source's, bit for bit")
     return {
         "loaded_with": f"transformers AutoModelForCausalLM, {tolerance.dtype}, CPU, in a process without dlmconvert",
         "class": report["class"],
@@ -240,6 +257,7 @@ def compare(expected: dict[str, Any], answers: dict[str, Any], questions: dict[s
         "sampler_parity": "diffusion_generate and infill, confidence order, temperature 0: same tokens",
         "tokenizer_parity": f"{len(questions['texts'])} texts: same tokens",
         "mask_token_round_trip": True,
+        **({"autoregressive_logits": "as_source(): bit for bit those of the source's weights"} if questions["is_gated"] else {}),
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlmconvert.backbone.gated_files import FILE as GATED
 from dlmconvert.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -27,7 +28,7 @@ class TensorInfo:
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder, by name, from the headers alone. Raises UserError for a folder without safetensors, for
+    """Every tensor of a model folder, by name, from the headers alone; those of adapters that act on masks only among them. Raises UserError for a folder without safetensors, for
     shards that are missing, and for tensors that do not belong into a model."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -38,7 +39,9 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}", "the weights are missing, or in an older format than safetensors", "export a finished stage's model folder")
-        table |= _header(folder / name)
+        table |= _header(folder, name)
+    if (folder / GATED).is_file():
+        table |= _header(folder, str(GATED))
     foreign = sorted(name for name in table if any(word in name for word in _FOREIGN))
     if foreign:
         raise UserError(f"{folder}: {foreign[0]} is no tensor of a finished model", f"{len(foreign)} such tensors: adapters that were not merged, or training state", "merge the adapters before exporting")
@@ -99,11 +102,11 @@ def find_tensor(table: dict[str, Any], name: str) -> str | None:
     return None
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
-    with path.open("rb") as file:
+def _header(folder: Path, name: str) -> dict[str, TensorInfo]:
+    with (folder / name).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return {
-        name: TensorInfo(path.name, tuple(info["shape"]), info["dtype"], info["data_offsets"][1] - info["data_offsets"][0])
-        for name, info in header.items()
+        tensor: TensorInfo(name, tuple(info["shape"]), info["dtype"], info["data_offsets"][1] - info["data_offsets"][0])
+        for tensor, info in header.items()
     }

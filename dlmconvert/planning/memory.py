@@ -12,13 +12,13 @@ What stays from the forward for the backward, bytes a token and layer (each term
     attention   c (q + 2 k + q): queries, keys, values, result (keys and values are repeated to q under a mask); 4 heads;
                 + c (q + k) where rotary positions follow one fused q, k, v layer (its result lives on in v)
     q, k norms  8 (q + k), 6 (q + k) where r = 2
-    mlp         gated: 4 c f (gate, its activation, up, product); plain: 2 c f (ReLU 1, a written-out GELU 5)
+    mlp         gated: 4 c f (gate, its activation, up, product); plain: 2 c f (ReLU 1, a written-out activation 5)
     experts     2 r d for each expert that a token goes through (its gathered input and weighted output)
     adapters    c r for each linear layer (here r is their rank)
 
     activations = n x T x that, or with gradient checkpointing n x r T d + one layer of it
-    logits      = (4 + c) bytes an element of one chunk, at most 2^24 elements: logits and float32 probabilities (diffusion/fused_head.py);
-                + 4 on a CPU where c = 2; 12 T V where the family's own forward computes the logits
+    logits      = c bytes an element of one chunk, at most 128 MiB of them (diffusion/fused_head.py); + 4 for float32
+                probabilities, + 4 more where c = 2, on a CPU of at most 2^19 elements at a time; 12 T V where the family's own forward computes the logits
     head        = 4 V d: the output matrix's gradient, which the loss computes in its forward, + 2 r T d for the hidden states and their
                 gradient, + c V d for the matrix's copy under autocast
     casts       = 2 bytes a matrix element of the layers under autocast (of one layer under checkpointing)
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from dlmconvert.planning.architecture import Architecture
 from dlmconvert.planning.zero import FLOAT, Zero, single_states, zero_states
 
-UNFUSED_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu")
+UNFUSED_ACTIVATIONS = ("quick_gelu",)  # written out by its family; for tanh GELUs see backbone/activations.py
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,15 @@ def activation_bytes_per_token(shape: Architecture, compute_bytes: int, device: 
 
 def logit_bytes(shape: Architecture, targets: int, compute_bytes: int, device: str = "cpu") -> int:
     """Logits and what is computed of them, at the most, when `targets` tokens are predicted."""
-    from dlmconvert.diffusion.fused_head import CHUNK_ELEMENTS
+    from dlmconvert.diffusion.fused_head import BLOCK_ELEMENTS, CHUNK_BYTES
 
     if not shape.has_plain_head:
         return 12 * targets * shape.vocab_size
-    rows = max(1, CHUNK_ELEMENTS // shape.vocab_size)
+    rows = max(1, CHUNK_BYTES // (shape.vocab_size * compute_bytes))
     chunk = math.ceil(targets / math.ceil(targets / rows)) * shape.vocab_size
-    return chunk * (FLOAT + compute_bytes + (FLOAT if compute_bytes < FLOAT and device == "cpu" else 0))
+    # The softmax is taken in float32, on a GPU of the whole chunk at once and on a CPU of a few rows.
+    block = min(chunk, max(BLOCK_ELEMENTS, shape.vocab_size)) if device == "cpu" else chunk
+    return chunk * compute_bytes + block * FLOAT * (1 if compute_bytes == FLOAT else 2)
 
 
 def memory_of(
@@ -128,7 +130,6 @@ def memory_of(
     tokens, targets = micro_batch * length, targets_per_token * micro_batch * row_length
     states = single_states(shape, accumulates) if zero is None else zero_states(shape, zero, c, accumulates)
 
-    bucket = min(states.bucket, c * shape.num_trainable) if device == "cpu" else states.bucket  # what nobody writes to takes no memory there
     mask_bytes = masked_rows * length**2 * c if has_mask else 0  # SDPA saves a boolean mask as numbers, in each layer
     if shape.attention_implementation == "eager":
         mask_bytes += 2 * micro_batch * shape.num_heads * length**2 * c  # the probabilities, and their copy
@@ -162,10 +163,10 @@ def memory_of(
     largest = max(
         (passing + kept + saved + casts + head + logits, "loss"),
         (
-            passing + bucket + max(kept, passes * head_gradient) + saved + casts_late + (layer if gradient_checkpointing else 0) + working,
+            passing + states.bucket + max(kept, states.partition + passes * head_gradient) + saved + casts_late + (layer if gradient_checkpointing else 0) + working,
             "backward of the last layer",
         ),
-        (passing + bucket + states.gradients + extra, "end of the backward"),
+        (passing + states.bucket + states.sent + states.gradients + extra, "end of the backward"),
         (always + states.update, "update"),
         (states.start, "start"),
     )
@@ -179,7 +180,7 @@ def memory_of(
         activations_checkpointed=passes * inputs + layer,
         logits=logits,
         head=head,
-        buffers=round(buffers + bucket),
+        buffers=round(buffers + states.bucket + states.sent),
         peak_bytes=round(largest[0]),
         host_bytes=round(states.host),
         at=largest[1],

@@ -15,7 +15,7 @@ from dlmconvert.planning.memory import Memory
 from dlmconvert.planning.settings import EngineSetting, Option, StageShape, recommended, setting_of
 from dlmconvert.planning.text import advice, plan_rows, size
 from dlmconvert.planning.time import GPU_EFFICIENCY, MASKED_SHARE, STEP_EFFICIENCY, Speed, Work, assumed_speed
-from dlmconvert.recipe.contradictions import BLOCK_PATTERNS
+from dlmconvert.recipe.contradictions import TWO_STREAMS
 from dlmconvert.recipe.method import Method, edits_from
 from dlmconvert.recipe.optimization import Optimization
 from dlmconvert.recipe.schema import Recipe
@@ -273,12 +273,12 @@ def _stage_shape(name: str, section: Optimization, recipe: Recipe, config: Any, 
         shape = replace(shape, has_plain_head=False)  # a compiled forward keeps its own head
     attention = recipe.method.attention
     causal = name == "pretrain" or attention.pattern == "causal"
-    streams = 2 if attention.pattern in BLOCK_PATTERNS and not causal else 1  # [noised | clean]
+    streams = 2 if attention.pattern in TWO_STREAMS and not causal else 1  # [noised | clean]
     isolated = recipe.data.documents == "isolated" if name != "sft" else recipe.sft.pad_to != "row"
     anneals = name == "adapt" and attention.anneal != "none"
     return StageShape(
         shape=shape, share=shares(section.rows_per_step, machine.processes, SECTIONS[name]), row_length=row_length, streams=streams, precision=recipe.engine.precision,
-        causal=causal, has_mask=isolated or anneals or streams > 1, isolated=isolated,
+        causal=causal, has_mask=isolated or anneals or (attention.block_length is not None and not causal), isolated=isolated,
         target_share=1.0 if causal else target_share(recipe.method), edits=0.0 if causal else edit_share_of_steps(recipe.method, section.steps),
         teacher="none" if name == "pretrain" else teacher_of(recipe.method),
     )  # fmt: skip

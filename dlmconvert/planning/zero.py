@@ -4,16 +4,17 @@ Legend: P parameters, P' trained ones, n processes, c bytes of the weights' type
 
                    stage 0         stage 1              stage 2            stage 3
     weights        4 P             c P                  c P                c P / n + c min(P, `stage3_max_live_parameters`)
-    float32 copy   -               4 P' / n             4 P' / n           4 P' / n
+    masters (1)    -               4 P' / n             4 P' / n           4 P' / n
     AdamW moments  8 P'            8 P' / n             8 P' / n           8 P' / n
-    gradients      4 P'            c P' + c P' / n      c P' / n (1)       c P' / n
-    bucket         4 min(P', 5e8)  c b                  c b                c b              (stage 0: of several processes)
-    update (2)     -               (c + 4) P' / n       (c + 4) P' / n     (c + 4) min(P' / n, `sub_group_size`)
-    start (3)      -               max(4 P, c P + c P') the same           -
+    gradients (2)  4 P'            c P' + c P' / n      c P' / n           c P' / n
+    buckets (3)    4 min(P', 5e8)  c b                  2 c b              2 c b + c b / n
+    update (4)     -               c P' / n             c P' / n           c min(P' / n, `sub_group_size`)
+    start (5)      -               c P + c P'           the same           -
 
-b is `reduce_bucket_size`: allocated whole, however small the model. (1) Twice while several micro-batches are summed. (2) While the
-optimizer works, beside the gradients of the rank's own part: these, flattened, and a float32 copy (none where c = 4). (3) Before anything
-else is there: the float32 model comes onto the device whole; in type c it is flattened.
+(1) In float32; none where the weights are their own masters: fp32 under stage 3, and under 1 and 2 in one process (training/zero_gradients.py).
+(2) Stage 2 holds its part from the first gradient on, stage 3 always. (3) b = min(`reduce_bucket_size`, P'): where gradients are collected,
+what is sent of it, what comes back; none in one process. (4) While the optimizer works, beside the gradients of the rank's own part: a
+float32 copy of them, 4 in place of c; none where c = 4. (5) Before anything else is there: the weights, and the same in one piece.
 
 Offloading moves master, moments and float32 gradients (16 P' / n) and a copy of the weights' part (c P' / n) to the host, and with the
 parameters (stage 3) c P / n more; on the GPU stages 1 and 2 keep a buffer of the largest parameter in place of their part of the gradients.
@@ -22,7 +23,7 @@ parameters (stage 3) c P / n more; on the GPU stages 1 and 2 keep a buffer of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dlmconvert.planning.architecture import Architecture
@@ -53,8 +54,9 @@ class States:
     """Bytes of one process that do not depend on the batch.
 
     gradients: at the end of the backward pass. accumulated: those of earlier micro-batches, while a forward runs. gathered: whole weights
-    while a pass runs. bucket: during the backward pass. update: gradients and copies of them while the optimizer works. start: while the
-    engine is made, alone. host: in the machine's memory.
+    while a pass runs. partition: of the gradients, from the first one on. bucket: during the backward pass. sent: at its end, beside the
+    bucket. update: gradients and copies of them while the optimizer works. start: while the engine is made, alone. host: in the machine's
+    memory.
     """
 
     weights: float
@@ -62,7 +64,9 @@ class States:
     accumulated: float
     optimizer: float
     gathered: float = 0
+    partition: float = 0
     bucket: float = 0
+    sent: float = 0
     update: float = 0
     start: float = 0
     host: float = 0
@@ -78,35 +82,37 @@ def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates:
     """One rank of the DeepSpeed engine: the table above. weight_bytes: c."""
     c, n, every, trained = weight_bytes, zero.num_ranks, shape.num_parameters, shape.num_trainable
     part = trained / n
-    bucket = zero.elements("reduce_bucket_size")
     if zero.stage == 0:
         gradients = FLOAT * trained
         flat = FLOAT * min(trained, ALLREDUCE) if n > 1 else 0
         return States(FLOAT * every, gradients, gradients if accumulates else 0, 8 * trained, update=gradients + flat)
     offloaded = zero.offload in ("optimizer", "all")
-    optimizer = 12 * part
+    bucket = c * min(zero.elements("reduce_bucket_size"), trained)
+    are_masters = c == FLOAT and not offloaded and (zero.stage == 3 or n == 1)
+    optimizer = 0.0 if offloaded else (8 if are_masters else 12) * part
     host = (12 + FLOAT + c) * part + (c * part if accumulates else 0) if offloaded else 0.0
-    copies = c + FLOAT if c < FLOAT else FLOAT
-    update = 0.0 if offloaded else (c + copies) * part
+    copies = FLOAT if c < FLOAT else 0
     if zero.stage == 3:
-        weights, gradients = c * every / n, c * part
+        sent = bucket + bucket / n
+        weights, gradients = c * every / n, 0.0 if offloaded else c * part
         if zero.offload in ("parameters", "all"):
             host, weights = host + weights, 0.0
         gathered = c * min(every, zero.elements("stage3_max_live_parameters") + zero.elements("stage3_prefetch_bucket_size"))
-        if not offloaded:
-            update = gradients + copies * min(part, zero.elements("sub_group_size"))
-        return States(
-            weights, 0.0 if offloaded else gradients, 0.0 if offloaded else gradients, 0.0 if offloaded else optimizer,
-            gathered=gathered, bucket=c * bucket, update=update, host=host,
-        )  # fmt: skip
-    if zero.stage == 1 and not offloaded:
-        gradients, accumulated = c * (trained + part), c * trained
-    elif offloaded:
-        gradients = accumulated = c * (trained if zero.stage == 1 else shape.largest_parameter)
+        update = 0.0 if offloaded else gradients + copies * min(part, zero.elements("sub_group_size"))
+        states = States(weights, gradients, gradients, optimizer, gathered=gathered + (bucket if n > 1 else 0), update=update, host=host)
     else:
-        gradients, accumulated = c * part * (2 if accumulates else 1), c * part
-    buckets = 2 if dict(zero.keys).get("overlap_comm") is True else 1
-    start = max(FLOAT * every, c * (every + trained))
-    return States(
-        c * every, gradients, accumulated if accumulates else 0, 0.0 if offloaded else optimizer, bucket=buckets * c * bucket, update=update, start=start, host=host,
-    )  # fmt: skip
+        sent = bucket if zero.stage == 2 else 0.0
+        partition = 0.0 if offloaded else c * part
+        gradients = partition + (c * trained if zero.stage == 1 else 0)
+        if offloaded and zero.stage == 2:
+            gradients = c * shape.largest_parameter
+        accumulated = (c * trained if zero.stage == 1 else partition or gradients) if accumulates else 0.0
+        buckets = bucket * (2 if dict(zero.keys).get("overlap_comm") is True else 1) if n > 1 or offloaded else 0.0
+        states = States(
+            c * every, gradients, accumulated, optimizer, partition=partition, bucket=buckets,
+            update=0.0 if offloaded else (c + copies) * part, start=c * (every + trained), host=host,
+        )  # fmt: skip
+    if n == 1:
+        return states
+    # A bucket that is smaller than the model is sent many times, so that it meets the activations of the last layers.
+    return replace(states, sent=sent) if bucket >= c * trained else replace(states, bucket=states.bucket + sent)

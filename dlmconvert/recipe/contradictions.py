@@ -99,7 +99,8 @@ def _gated_contradictions(recipe: Recipe):
             yield f"{section}.lora.gated=true opens at masks, and edited rows have none: leave method.corruption.edit_share out"
 
 
-BLOCK_PATTERNS = ("block_causal", "context_causal", "causal_in_block")
+TWO_STREAMS = ("block_causal", "context_causal", "causal_in_block")
+BLOCK_PATTERNS = (*TWO_STREAMS, "block_causal_noisy")
 
 
 def _block_contradictions(recipe: Recipe):
@@ -140,12 +141,12 @@ def _block_contradictions(recipe: Recipe):
         if objective.weight == "elbo":
             yield "method.corruption.half_life masks some places more often than others, so 1/t makes no bound: use method.objective.weight=unweighted"
     if corruption.kind == "all_masked":
-        if not is_block:
-            yield f"method.corruption.kind=all_masked leaves a {attention.pattern} model nothing to read: it needs {blocks}"
+        if attention.pattern not in TWO_STREAMS:
+            yield f"method.corruption.kind=all_masked leaves a {attention.pattern} model nothing to read: it needs {' or '.join(TWO_STREAMS)}"
         if objective.weight != "unweighted":
             yield f"method.corruption.kind=all_masked has one noise level only: method.objective.weight={objective.weight} means nothing, use unweighted"
     if is_block and objective.weight == "cart":
-        yield f"method.objective.weight=cart measures the distance to clean tokens of one stream: with {attention.pattern} use elbo or unweighted"
+        yield f"method.objective.weight=cart looks for clean tokens on both sides, and a block sees none to its right: with {attention.pattern} use elbo or unweighted"
     if objective.ar_weight > 0 and attention.pattern not in ("context_causal", "causal_in_block"):
         why = "a clean token sees the rest of its block there, and so the answer" if attention.pattern == "block_causal" else "there is no clean copy"
         yield f"method.objective.ar_weight needs method.attention.pattern=context_causal or causal_in_block, not {attention.pattern}: {why}"

@@ -58,8 +58,11 @@ def load_recipe(what: str, overrides: list[str] | None = None) -> Recipe:
     if named and isinstance(method, dict) and method.get("name", "diffullama") != named[-1]:
         # Another method: the choices that the file made for its own (an annealing schedule, say) do not carry over.
         values["method"] = {}
+    said: dict[str, Any] = {}
     for word in words:
         set_key(values, word)
+        set_key(said, word)
+    _drop_leftovers(values.get("method"), said.get("method"))
     return validate(values, what)
 
 
@@ -139,7 +142,7 @@ def validate(values: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: method.name={name!r} is not a published method", nearest(name, METHODS), "")
     if isinstance(method, dict) and isinstance(name, str):
         row = copy.deepcopy(METHODS[name].choices)
-        _drop_overridden_schedule(row, method)
+        _drop_leftovers(row, method)
         values["method"] = _merge(row, {"name": name, **method})
     lines: list[str] = []
     while True:
@@ -176,11 +179,17 @@ def _take_out(values: Any, location: tuple[Any, ...]) -> bool:
     return False
 
 
-def _drop_overridden_schedule(row: dict[str, Any], method: dict[str, Any]) -> None:
-    # `anneal=none` on top of a row that anneals means no schedule at all, not a leftover number of steps.
-    attention = method.get("attention")
-    if isinstance(attention, dict) and attention.get("anneal") == "none":
-        row.get("attention", {}).pop("anneal_steps", None)
+def _drop_leftovers(below: Any, above: Any) -> None:
+    """Take out of a method what only belonged to a choice that is made anew above it (on the command line, in the file): `anneal=none` means
+    no schedule at all, not a leftover number of steps, and `pattern=bidirectional` no blocks. What is said above stays, to be refused."""
+    lower, upper = (part.get("attention") if isinstance(part, dict) else None for part in (below, above))
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return
+    gone = ("anneal_steps", "decay_steps", "block_stages") if upper.get("anneal") == "none" else ()
+    gone += ("block_length", "block_stages") if upper.get("pattern") in ("bidirectional", "causal") else ()
+    for name in gone:
+        if name not in upper:
+            lower.pop(name, None)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dlmconvert.recipe.section import Section
 class Attention(Section):
     """Which positions may see which, and the path there from causal attention."""
 
-    pattern: Literal["bidirectional", "causal", "block_causal", "context_causal", "causal_in_block"] = "bidirectional"
-    """The pattern at the end of training. The last three train [noised | clean] copies of each row for decoding block after block: clean text sees whole blocks (`block_causal`, arXiv 2503.09573), or what is left of it (`context_causal`, arXiv 2512.06776), and so do the noised tokens among themselves (`causal_in_block`, arXiv 2604.11035)."""
+    pattern: Literal["bidirectional", "causal", "block_causal", "context_causal", "causal_in_block", "block_causal_noisy"] = "bidirectional"
+    """The pattern at the end of training. The last four train for decoding block after block. Three of them on [noised | clean] copies of each row: clean text sees whole blocks (`block_causal`, arXiv 2503.09573), or what is left of it (`context_causal`, arXiv 2512.06776), and so do the noised tokens among themselves (`causal_in_block`, arXiv 2604.11035). `block_causal_noisy` on the noised row alone, at the cost of one copy: in training a block sees the blocks before it as noised as itself, in decoding clean (the noisy context of arXiv 2512.14067's ablation)."""
     block_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens in a block, of a block pattern: at the end of training, and in decoding."""
     anneal: Literal["none", "random", "window", "block_growth", "warm_up_stable_decay"] = "none"

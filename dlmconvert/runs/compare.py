@@ -196,7 +196,7 @@ def measure_retentions(variants: list[Variant], reporter: Reporter) -> bool:
     On the rows that the AR NLL of the source was measured on; a variant that held nothing out is passed over. Returns False when
     there was nothing to do.
     """
-    from dlmconvert.runs.evaluations import measure_retention
+    from dlmconvert.runs.evaluations import Subject, measure_retention
     from dlmconvert.runs.folder import ModelLocation
 
     waiting = [variant for variant in variants if not _retention_file(variant).is_file() and _measured(variant)]
@@ -206,7 +206,7 @@ def measure_retentions(variants: list[Variant], reporter: Reporter) -> bool:
         rows = _measured(variant)["AR NLL of the source"]["rows"]
         evaluation = variant.recipe.eval.model_copy(update={"rows": rows})
         device = variant.recipe.engine.device
-        found = measure_retention(location, evaluation, reporter, data=None, source=None, row_length=None, device=device, plot=None)
+        found = measure_retention(Subject(location, device), evaluation, reporter)
         write_atomically(_retention_file(variant), json.dumps(found.to_dict(), indent=1) + "\n")
     return bool(waiting)
 
@@ -262,7 +262,7 @@ def _retention(variant: Variant) -> dict[str, Any] | None:
         return None
     found = json.loads(_retention_file(variant).read_text())
     weights = {part["kind"]: part["relative"] for part in found["weights"]["by_kind"]}
-    return {**found["agreement"], "weight_drift": found["weights"]["total"]["relative"], "weight_drift_by_kind": weights, "sentence": found["sentence"]}
+    return {**found["agreement"], "own_tokens": found["own"], "weight_drift": found["weights"]["total"]["relative"], "weight_drift_by_kind": weights, "sentence": found["sentence"]}
 
 
 def _notes(variants: Sequence[Variant], rows: list[dict[str, Any]]):
@@ -287,6 +287,7 @@ def title_of(comparison: dict[str, Any]) -> str:
     if any(row["retention"] for row in comparison["variants"]):
         title += (
             "; AR path: NLL of the converted model read from left to right; accepted: what the source would accept of it; "
+            "own: what its AR path would accept of the tokens that it fills in; "
             "moved: its weights, ||W - W0|| / ||W0||"
         )
     return title
@@ -296,17 +297,18 @@ def table_of(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table as text, headings first. The columns of retention are there when a variant has them."""
     rows = comparison["variants"]
     kept = any(row["retention"] for row in rows)
-    retention = ("AR path", "accepted", "moved") if kept else ()
+    retention = ("AR path", "accepted", "own", "moved") if kept else ()
     headings = ("variant", "after", "before", "AR source", *retention, "steps", "tokens seen", "training s", "tokens/s")
     return [headings, *(_cells(row, kept) for row in rows)]
 
 
 def _cells(row: dict[str, Any], kept: bool) -> tuple[str, ...]:
     after, retention = row["after"], row["retention"]
-    left = ("-", "-", "-")
+    left = ("-",) * 4
     if retention:
-        drift = retention["weight_drift"]
-        left = (f"{retention['nats_after']:.3f}", f"{retention['acceptance']:.1%}", "-" if drift is None else f"{drift:.1%}")
+        drift, own = retention["weight_drift"], retention["own_tokens"]
+        shares = (retention["acceptance"], None if own is None else own["acceptance"], drift)
+        left = (f"{retention['nats_after']:.3f}", *("-" if share is None else f"{share:.1%}" for share in shares))
     return (
         row["variant"],
         "-" if after is None else ("NELBO <= " if after["kind"] == "nelbo" else "NLL ") + nats_text(after),

@@ -17,16 +17,16 @@ from dlmconvert.training.trackers import check_trackers
 SECTIONS = {"pretrain": "pretrain", "adapt": "train", "sft": "sft"}  # stage: section of the recipe
 
 
-def engine_config(engine: Engine, settings: Optimization, num_ranks: int, stage: str) -> dict[str, Any]:
-    """The DeepSpeed JSON of a stage. Raises UserError for keys of the user's own that contradict the recipe."""
-    share = shares(settings.rows_per_step, num_ranks, SECTIONS[stage])
+def engine_config(engine: Engine, settings: Optimization, num_ranks: int, stage: str, stands_for: int = 1) -> dict[str, Any]:
+    """The DeepSpeed JSON of a stage. stands_for: see `Solo`. Raises UserError for keys of the user's own that contradict the recipe."""
+    share = shares(settings.rows_per_step, num_ranks * stands_for, SECTIONS[stage])
     micro_batch = min(settings.micro_batch, share)
     derived = derived_config(
         zero_stage=effective_stage(engine.zero_stage, engine.precision),
         precision=engine.precision,
         clip_norm=settings.clip_norm,
         micro_batch=micro_batch,
-        num_micro_batches=-(-share // micro_batch),
+        num_micro_batches=-(-share // micro_batch) * stands_for,
         num_ranks=num_ranks,
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,

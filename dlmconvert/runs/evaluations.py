@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +20,32 @@ if TYPE_CHECKING:
 _DISTRACTORS = 3  # four choices, as most multiple-choice tasks have
 
 
-def evaluate_model(
-    location: ModelLocation,
-    evaluation: Evaluation,
-    reporter: Reporter,
-    *,
-    data: str | None,
-    source: str | None,
-    row_length: int | None,
-    device: str,
-    delta_nll: bool = False,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Subject:
+    """A model, the text that it is measured on, and what it is measured beside.
+
+    data: a text of the user's own, in rows of row_length; without it the run's held-out rows. source: the AR model that it was converted
+    from; without it the run's.
+    """
+
+    location: ModelLocation
+    device: str
+    data: str | None = None
+    source: str | None = None
+    row_length: int | None = None
+
+
+def evaluate_model(subject: Subject, evaluation: Evaluation, reporter: Reporter, delta_nll: bool = False) -> list[dict[str, Any]]:
     """NELBO of the model, and NLL of the AR source when there is one, on the same rows.
 
-    data: a text of the user's own; without it the run's held-out rows. delta_nll: how much likelier the second half of a row is than
-    those of other rows (evaluation/delta_nll.py), instead of the likelihood. Raises UserError when there is no text, or too little.
+    delta_nll: how much likelier the second half of a row is than those of other rows (evaluation/delta_nll.py), instead of the
+    likelihood. Raises UserError when there is no text, or too little.
     """
     from dlmconvert.backbone.load import load_tokenizer, resolve_checkpoint
 
+    location, source = subject.location, subject.source
     tokenizer = load_tokenizer(location.path)
-    with _held_out_rows(location, tokenizer, reporter, data, row_length) as rows:
+    with _held_out_rows(subject, tokenizer, reporter) as rows:
         asked: list[tuple[str, Path, str | None]] = [("NELBO of the model", location.path, None)]
         if source is not None:
             asked.append(("NLL of the AR source", resolve_checkpoint(source), "causal"))
@@ -47,21 +54,11 @@ def evaluate_model(
         if delta_nll and min(evaluation.rows, rows.num_rows) <= _DISTRACTORS:
             least = f"{_DISTRACTORS + 1} rows: a text and {_DISTRACTORS} others"
             raise UserError(f"delta-NLL needs at least {least}", f"{min(evaluation.rows, rows.num_rows)} are scored here", "--rows, or more text: --data FILE")
-        return _score(asked, rows, tokenizer, evaluation, reporter, device, delta_nll)
+        return _score(asked, rows, tokenizer, evaluation, reporter, subject.device, delta_nll)
 
 
-def measure_retention(
-    location: ModelLocation,
-    evaluation: Evaluation,
-    reporter: Reporter,
-    *,
-    data: str | None,
-    source: str | None,
-    row_length: int | None,
-    device: str,
-    plot: Path | None,
-) -> Retention:
-    """What is left of the AR source (`source`, else the run's), on the rows that `evaluate_model` scores.
+def measure_retention(subject: Subject, evaluation: Evaluation, reporter: Reporter, plot: Path | None = None) -> Retention:
+    """What is left of the AR source, on the rows that `evaluate_model` scores.
 
     plot: a PNG that does not exist yet; without it the run's plots/retention.png, or none outside of a run. Raises UserError when
     there is no source.
@@ -69,21 +66,24 @@ def measure_retention(
     from dlmconvert.backbone.load import load_denoiser, load_tokenizer, resolve_checkpoint
     from dlmconvert.evaluation.retention import Retention, causal_agreement, tensor_files, weight_drift
 
+    location, source = subject.location, subject.source
     if plot is not None and plot.exists():
         raise UserError(f"{plot} exists already", "nothing is overwritten", "name another file for --plot, or remove this one")
     if source is None and location.run is None:
         raise UserError(f"{location.path} is not in a run folder, so its source is not known", "", "name the AR model that it was converted from: --source MODEL")
     before = resolve_checkpoint(source) if source is not None else location.run.model_folder("prepare")
     tokenizer = load_tokenizer(location.path)
-    with _held_out_rows(location, tokenizer, reporter, data, row_length) as rows:
-        after = load_denoiser(location.path, device, attention="causal")
+    with _held_out_rows(subject, tokenizer, reporter) as rows:
+        after = load_denoiser(location.path, subject.device, attention="causal")
         with reporter.progress("weights", len(tensor_files(location.path))) as bar:
             weights = weight_drift(location.path, before, after.spec, bar.advance)
-        source_model = load_denoiser(before, device, attention="causal")
+        source_model = load_denoiser(before, subject.device, attention="causal")
         _require_same_tokens(source_model, tokenizer, before)
         with reporter.progress("both models, left to right", min(evaluation.rows, rows.num_rows)) as bar:
             agreement = causal_agreement(after, source_model, rows, num_rows=evaluation.rows, batch=evaluation.batch, advance=bar.advance)
-    found = Retention(weights, agreement)
+        del source_model
+        own = _own_tokens_of(after, location, rows, evaluation, reporter)
+    found = Retention(weights, agreement, own)
     if plot is None and location.run is not None:
         plot = location.run.path / "plots" / "retention.png"
     if plot is not None:
@@ -93,6 +93,21 @@ def measure_retention(
             raise UserError(f"cannot write {plot}: {error.strerror}", "", "name another file: --plot FILE") from error
         reporter.say(f"plot: {plot}")
     return found
+
+
+def _own_tokens_of(model: Any, location: ModelLocation, rows: Any, evaluation: Evaluation, reporter: Reporter) -> Any:
+    """What the AR path of a loaded model makes of the tokens that it fills in; None of a model that fills in none."""
+    from dlmconvert.backbone.denoiser import Denoiser
+    from dlmconvert.backbone.load import source_config
+    from dlmconvert.backbone.spec import DlmSpec
+    from dlmconvert.evaluation.own_tokens import own_acceptance
+
+    section = getattr(source_config(location.path, False), "dlm", None)
+    if section is None or section["trained"] == "ar":
+        return None
+    denoiser = Denoiser(model.model, DlmSpec(**section), adapters=model.adapters).eval()
+    with reporter.progress("its own tokens, left to right", min(evaluation.rows, rows.num_rows)) as bar:
+        return own_acceptance(denoiser, rows, num_rows=evaluation.rows, batch=evaluation.batch, seed=evaluation.seed, advance=bar.advance)
 
 
 def plot_retention(retention: Retention, path: Path) -> None:
@@ -116,8 +131,10 @@ def plot_retention(retention: Retention, path: Path) -> None:
     left.legend(fontsize=8)
     middle.plot(range(-1, len(agreement.cosine) - 1), agreement.cosine, "o-", markersize=3)
     middle.set(title="hidden states, causal path", xlabel="layer (-1: embeddings)", ylabel="mean cosine")
-    shares = {"same greedy\ntoken": agreement.greedy, "expected\nacceptance": agreement.acceptance}
-    right.bar(list(shares), list(shares.values()), color=["C0", "C1"])
+    shares = {"same greedy\ntoken": agreement.greedy, "accepted\nby the source": agreement.acceptance}
+    if retention.own is not None:
+        shares["own tokens\naccepted"] = retention.own.acceptance
+    right.bar(list(shares), list(shares.values()), color=["C0", "C1", "C2"][: len(shares)])
     right.set(title=f"AR perplexity {agreement.perplexity_before:.4g} -> {agreement.perplexity_after:.4g}", ylabel="share", ylim=(0, 1))
     for axis in (left, middle):
         axis.grid(alpha=0.3)
@@ -127,15 +144,16 @@ def plot_retention(retention: Retention, path: Path) -> None:
 
 
 @contextmanager
-def _held_out_rows(location: ModelLocation, tokenizer: Any, reporter: Reporter, data: str | None, row_length: int | None) -> Iterator[Any]:
-    """Rows of `data`, else the run's held-out rows. Raises UserError when there is neither."""
+def _held_out_rows(subject: Subject, tokenizer: Any, reporter: Reporter) -> Iterator[Any]:
+    """Rows of the subject's text, else the run's held-out rows. Raises UserError when there is neither."""
     import tempfile
 
     from dlmconvert.backbone.load import load_tokenizer
 
+    location = subject.location
     with tempfile.TemporaryDirectory(prefix="dlmconvert-eval-") as scratch:
-        if data is not None:
-            rows = _rows_of_text(data, tokenizer, row_length or _row_length(location), Path(scratch))
+        if subject.data is not None:
+            rows = _rows_of_text(subject.data, tokenizer, subject.row_length or _row_length(location), Path(scratch))
         elif location.run is not None:
             from dlmconvert.runs.rows import text_rows
             from dlmconvert.runs.stages import _forbidden_id

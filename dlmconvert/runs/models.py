@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
     from dlmconvert.backbone.adapters import attach_lora
     from dlmconvert.backbone.denoiser import Denoiser
     from dlmconvert.backbone.extras import balance_coefficient
-    from dlmconvert.backbone.gated import GatedAdapters
+    from dlmconvert.backbone.gated_files import attach_new, load_gated
     from dlmconvert.backbone.load import load_config, load_model, load_tokenizer
     from dlmconvert.backbone.rewrite import rewrite_config
     from dlmconvert.backbone.spec import DlmSpec
@@ -97,9 +97,9 @@ def trainable(context: StageContext, job: TrainingJob, loading: Any = None, atta
                 "text contains it, and would open the gate", "leave source.mask_token out to have an unused one chosen",
             )  # fmt: skip
         model.requires_grad_(False)
-        adapters = GatedAdapters(model, **_gated(lora), mask_token_id=spec.mask_token_id, seed=job.settings.seed)
+        adapters = attach_new(model, _gated(lora), spec.mask_token_id, job.settings.seed)
         if spec.gated_adapter is not None:
-            adapters.load(job.source)
+            load_gated(adapters, job.source)
         spec = replace(spec, gated_adapter=adapters.describe())
     elif lora is not None:
         with attaching(model) if attaching else nullcontext():
@@ -147,6 +147,7 @@ def write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> Non
     import torch
 
     from dlmconvert.backbone.adapters import merge_lora
+    from dlmconvert.backbone.gated_files import save_gated
     from dlmconvert.backbone.load import load_config, save_model_folder
 
     merges = job.settings.lora is not None and not job.settings.lora.gated
@@ -154,7 +155,7 @@ def write_model(folder: Path, job: TrainingJob, denoiser: Any, spec: Any) -> Non
     dtype = getattr(load_config(job.source), "dtype", None) or torch.float32
     save_model_folder(fresh_folder(folder), model.cpu(), denoiser.tokenizer, spec, dtype=dtype)
     if denoiser.adapters is not None:
-        denoiser.adapters.save(folder)
+        save_gated(denoiser.adapters, folder)
 
 
 def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> None:
@@ -208,6 +209,7 @@ def band_search(context: StageContext, job: TrainingJob, spec: Any) -> Any:
 def batch_stream(job: TrainingJob, spec: Any) -> Any:
     """The noised batches of a stage: `data.loader.BatchStream`."""
     from dlmconvert.data.loader import BatchStream, Mixture
+    from dlmconvert.diffusion.attention import TWO_STREAMS
     from dlmconvert.diffusion.schedules import block_length_at
 
     settings, method = job.settings, job.method
@@ -228,6 +230,7 @@ def batch_stream(job: TrainingJob, spec: Any) -> Any:
         levels_per=method.corruption.levels_per,
         half_life=method.corruption.half_life,
         block_length=partial(block_length_at, stages=stages) if stages else None,
+        has_clean_copy=method.attention.pattern in TWO_STREAMS,
         uniform_share=method.corruption.uniform_share,
         vocab_size=spec.vocab_size,
         edit_share=method.corruption.edit_share,
@@ -236,43 +239,25 @@ def batch_stream(job: TrainingJob, spec: Any) -> Any:
 
 
 def loop_settings_of(job: TrainingJob, row_length: int) -> Any:
-    """Plain values for the loop: `training.losses.LoopSettings`."""
+    """Plain values for the loop, `training.losses.LoopSettings`: its fields are keys of the recipe under the same name, but for these."""
     from dlmconvert.training.losses import LoopSettings
 
     settings, method = job.settings, job.method
-    return LoopSettings(
-        steps=settings.steps,
-        rows_per_step=settings.rows_per_step,
-        micro_batch=settings.micro_batch,
-        learning_rate=settings.learning_rate,
-        final_learning_rate=settings.final_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        schedule=settings.schedule,
-        decay_fraction=settings.decay_fraction,
-        seed=settings.seed,
-        causal=method.attention.pattern == "causal",
-        anneal_steps=anneal_steps_of_job(job),
-        weight=method.objective.weight,
-        normaliser=method.objective.normaliser,
-        save_steps=settings.save_steps,
-        save_minutes=settings.save_minutes,
-        validate_steps=settings.validate_steps,
-        anneal=method.attention.anneal if job.anneal else "none",
-        row_length=row_length,
-        cart_p=method.objective.cart_p,
-        pattern=method.attention.pattern,
-        block_stages=block_stages_of_job(job, row_length),
-        ar_weight=method.objective.ar_weight if method.attention.pattern != "causal" else 0.0,
-        ar_schedule=method.objective.ar_schedule,
-        corruption=method.corruption.kind,
-        uniform_share=method.corruption.uniform_share,
-        alignment_weight=method.objective.alignment_weight,
-        teacher_kl=method.objective.teacher_kl,
-        router_weight=method.objective.router_weight,
-        embedding_noise=method.corruption.embedding_noise,
-        embedding_noise_steps=embedding_noise_steps_of(method.corruption, settings.steps) if job.anneal else 0,
-        skip_nonfinite=settings.skip_nonfinite,
-    )
+    names = {field.name for field in fields(LoopSettings)}
+    same = {name: getattr(part, name) for part in (settings, method.objective, method.corruption) for name in names & set(type(part).model_fields)}
+    own = {
+        "causal": method.attention.pattern == "causal",
+        "anneal": method.attention.anneal if job.anneal else "none",
+        "anneal_steps": anneal_steps_of_job(job),
+        "row_length": row_length,
+        "pattern": method.attention.pattern,
+        "block_stages": block_stages_of_job(job, row_length),
+        "ar_weight": method.objective.ar_weight if method.attention.pattern != "causal" else 0.0,
+        "corruption": method.corruption.kind,
+        "embedding_noise_steps": embedding_noise_steps_of(method.corruption, settings.steps) if job.anneal else 0,
+        "overlap_saving": bool(settings.overlap_saving),
+    }
+    return LoopSettings(**same | own)
 
 
 def restore_parameters(denoiser: Any, checkpoints: Any, step: int) -> None:

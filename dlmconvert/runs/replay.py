@@ -34,8 +34,8 @@ class Replay:
 def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter) -> Replay:
     """Run the steps from the newest whole checkpoint before `step`, then `step` itself without an update.
 
-    In one process, whatever number the run had: same batches, numbers equal but for the order of additions. Nothing is written into
-    the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
+    In one process, which takes the micro-batches of all those that the run had when it was last started: the numbers are equal but for the
+    order of additions. Nothing is written into the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
     """
     from dlmconvert.runs.models import band_search, batch_stream, loop_settings_of
     from dlmconvert.runs.stages import JOBS
@@ -44,9 +44,10 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
     from dlmconvert.training.inspection import inspect_step
     from dlmconvert.training.loop import accumulate, balance_of
     from dlmconvert.training.nonfinite import problem_of
+    from dlmconvert.training.ranks import Solo
 
     stage = chosen_stage(run, stage)
-    context = StageContext(run, recipe, reporter, StopFlag())
+    context = StageContext(run, recipe, reporter, StopFlag(), ranks=Solo(run.stage_state(stage).get("process", {}).get("ranks", 1)))
     job = JOBS[stage](context)
     if not 1 <= step <= job.settings.steps:
         raise UserError(f"{stage} has no step {step}", f"its steps are 1 to {job.settings.steps}", "")

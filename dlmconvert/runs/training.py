@@ -98,9 +98,9 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
         return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, compile=engine.compile, **values), spec
     from dlmconvert.training.deepspeed import DeepSpeedEngine, built_in_parts, whole_embeddings
 
-    config = engine_config(engine, settings, context.ranks.count, job.stage)
+    config = engine_config(engine, settings, context.ranks.count, job.stage, getattr(context.ranks, "stands_for", 1))
     if config["zero_optimization"]["stage"] != engine.zero_stage:
-        context.reporter.say("  engine.zero_stage=0 with engine.precision={engine.precision} runs as stage 1: DeepSpeed's stage 0 would take another optimizer")
+        context.reporter.say(f"  engine.zero_stage=0 with engine.precision={engine.precision} runs as stage 1: DeepSpeed's stage 0 would take another optimizer")
     denoiser, spec = trainable(context, job, built_in_parts(config, context.ranks), whole_embeddings)
     return DeepSpeedEngine(denoiser, ranks=context.ranks, config=config, **values), spec
 
@@ -177,7 +177,7 @@ def _speed(context: StageContext, job: TrainingJob, engine: Any) -> Any:
         return Speed()
     row_length = job.stores[0].row_length
     streams = 2 if context_of(loop_settings_of(job, row_length), job.settings.steps - 1).has_two_streams else 1
-    flops = model_flops(engine.model, row_length, causal=job.method.attention.pattern == "causal", streams=streams)
+    flops = model_flops(engine.model, row_length, causal=job.method.attention.pattern in ("causal", "block_causal_noisy"), streams=streams)
     if settings.peak_tflops is not None:
         peak, source = ranks.count * settings.peak_tflops * 1e12, f"engine.peak_tflops={settings.peak_tflops:g}"
     else:

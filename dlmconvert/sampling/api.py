@@ -8,7 +8,7 @@ Shapes: B rows, P tokens of the prompts, L = P + max_new_tokens.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from .budget import READING
 from .cache import is_block_model
 from .canvas import Canvas, Predictor, build_canvas, canvas_after_prompts
-from .denoise import denoise, generate
+from .denoise import denoise
 from .length import STEPS_OF_A_CANDIDATE, Gap, choose_lengths
 from .predictions import Hook
 from .revise import POLISHING
+from .step import Step
 from .streaming import Follower, options_of
 
 # Dream's names beside ours. `origin` is the ancestral sampler (random order).
@@ -43,7 +44,7 @@ _OWN_OPTIONS = {
         "inputs", "attention_mask", "max_new_tokens", "generation_config", "streamer", "stopping_criteria", "do_sample", "output_history",
         "return_dict_in_generate",
     ),
-    "infill": ("rows", "device", "generation_config", "do_sample", "output_history", "return_dict_in_generate"),
+    "infill": ("rows", "device", "generation_config", "streamer", "do_sample", "output_history", "return_dict_in_generate"),
 }  # fmt: skip
 
 
@@ -252,17 +253,11 @@ def diffusion_generate(
     follower = None
     if streamer is not None or stopping_criteria is not None:
         follower = Follower(canvas, how.ends, streamer, stopping_criteria, how.may_change)
-    tokens_BL, nfe, history = canvas.tokens_BL, 0, []
-    for step in steps:
-        tokens_BL, nfe = step.tokens_BL, step.nfe
-        if output_history:
-            history.append(tokens_BL)
-        if follower is not None and follower.see(step.tokens_BL, step.masked_BL):
-            break
+    tokens_BL, nfe, history = _followed(steps, canvas, follower, output_history)
     sequences_BL = _pad_after_end(tokens_BL, canvas, how.ends, how.pad_token_id)
     if follower is not None:
         sequences_BL = _pad_after_stop(sequences_BL, canvas, follower.close(tokens_BL), how)
-    return DiffusionOutput(sequences_BL, nfe, tuple(history) if output_history else None) if return_dict else sequences_BL
+    return DiffusionOutput(sequences_BL, nfe, history) if return_dict else sequences_BL
 
 
 def infill(
@@ -271,12 +266,14 @@ def infill(
     *,
     device: torch.device | str | None = None,
     generation_config: Any = None,
+    streamer: Any = None,
     **options: Any,
 ) -> list[list[int]] | DiffusionOutput:
     """Fill the None of each row; rows may have any gaps and any lengths. Returns whole rows of tokens, without padding.
 
     rows: instead of None, (low, high) is a gap of so many tokens as fit best (length.py).
     device: of the canvas; default the predictor's. generation_config: as in `diffusion_generate`.
+    streamer: as there, for one row. It is fed the text left of the first gap, then what follows as far as it has no hole.
     options: do_sample, output_history, return_dict_in_generate, and see Options. eos_token_id bans these tokens: text follows a gap,
         so it must not end there.
     """
@@ -287,9 +284,13 @@ def infill(
     how = _options("infill", options)
     device = device or getattr(predictor, "device", "cpu")
     canvas = build_canvas(with_lengths(predictor, rows, how.ends, device), how.pad_token_id or 0, device, how.row_keys)
-    done = generate(predictor, canvas, banned_ids=how.ends, keep_history=bool(output_history), **how.of_the_loop())
-    filled = canvas.rows(done.tokens_BL)
-    return DiffusionOutput(filled, done.nfe, done.history) if return_dict else filled
+    steps = denoise(predictor, canvas, banned_ids=how.ends, **how.of_the_loop())
+    follower = None if streamer is None else Follower(canvas, (), streamer, may_change=how.may_change)
+    tokens_BL, nfe, history = _followed(steps, canvas, follower, output_history)
+    if follower is not None:
+        follower.close(tokens_BL)
+    filled = canvas.rows(tokens_BL)
+    return DiffusionOutput(filled, nfe, history) if return_dict else filled
 
 
 def with_lengths(
@@ -312,6 +313,20 @@ def with_lengths(
         return canvas.rows(tokens_BL), [c_L[: len(row)].tolist() for c_L, row in zip(c_BL, tried, strict=True)]
 
     return choose_lengths(predictor, rows, fill, device)
+
+
+def _followed(
+    steps: Iterator[Step], canvas: Canvas, follower: Follower | None, keep_history: bool | None
+) -> tuple[torch.Tensor, int, tuple[torch.Tensor, ...] | None]:
+    """(tokens_BL after the last step that was needed, forwards, tokens_BL after each step when they are asked for)."""
+    tokens_BL, nfe, history = canvas.tokens_BL, 0, []
+    for step in steps:
+        tokens_BL, nfe = step.tokens_BL, step.nfe
+        if keep_history:
+            history.append(tokens_BL)
+        if follower is not None and follower.see(step.tokens_BL, step.masked_BL):
+            break
+    return tokens_BL, nfe, tuple(history) if keep_history else None
 
 
 def _options(function: str, options: dict[str, Any]) -> Options:

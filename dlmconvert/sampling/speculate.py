@@ -29,6 +29,7 @@ Shapes: B rows, R of them still open, L positions of the canvas, G drafted token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -109,17 +110,19 @@ def speculate(
     text_BL = pad(canvas.tokens_BL.masked_fill(canvas.masked_BL, predictor.mask_token_id), (0, draft_length + 2))
     masked_BL = canvas.masked_BL.clone()
     ends = torch.tensor(list(end_ids), dtype=torch.int64, device=device)
-    drafts_RG = q_RGV = None
+    places_G = torch.arange(draft_length + 1, device=device)
+    drafts_RG = q_RGV = last_token_R1 = None
     step = 0
     while rounds.rows:
         num_drafts = 0 if drafts_RG is None else draft_length
-        last_R1, room_R1, rows_R1 = rounds.standing()
+        last_R1, room_R1, rows_R1, begins_R1 = rounds.standing()
         rows_R = rows_R1[:, 0]
-        p_logits_RGV, next_logits_RKGV = rounds.forward(text_BL, drafts_RG, last_R1, room_R1, rows_R1)
-        columns_RG = last_R1 + 1 + torch.arange(num_drafts + 1, device=device)
-        keys_R1 = canvas.row_keys_B[rows_R1]
-        positions_RG = canvas.positions_BL[rows_R].gather(1, columns_RG.clamp(max=length - 1)) if hot else columns_RG
+        known_RC = None if drafts_RG is None else torch.cat([last_token_R1, drafts_RG], dim=1)
+        p_logits_RGV, next_logits_RKGV = rounds.forward(text_BL, known_RC, last_R1, room_R1, rows_R1, begins_R1)
+        columns_RG = last_R1 + 1 + places_G[: num_drafts + 1]
         if hot:
+            keys_R1 = canvas.row_keys_B[rows_R1]
+            positions_RG = canvas.positions_BL[rows_R].gather(1, columns_RG.clamp(max=length - 1))
             p_RGV = _distributions(p_logits_RGV, how)
             accepted_R, next_RV = torch.zeros_like(rows_R), p_RGV[:, 0]
             if drafts_RG is not None:
@@ -131,17 +134,20 @@ def speculate(
             best_RG = p_logits_RGV.argmax(dim=-1)
             accepted_R = torch.zeros_like(rows_R)
             if drafts_RG is not None:
-                stands_RG = (drafts_RG == best_RG[:, :-1]) & (columns_RG[:, :-1] < last_R1 + 1 + room_R1)
+                stands_RG = (drafts_RG == best_RG[:, :-1]) & (places_G[:-1] < room_R1)
                 accepted_R = stands_RG.to(torch.int64).cumprod(dim=1).sum(dim=1)
             behind_R1 = best_RG.gather(1, accepted_R[:, None])
 
         # What settles: the accepted ones, and the one behind them where the row has room for it.
         new_RG = behind_R1 if drafts_RG is None else torch.cat([drafts_RG, behind_R1], dim=1).scatter(1, accepted_R[:, None], behind_R1)
-        settles_RG = columns_RG - last_R1 - 1 <= torch.minimum(accepted_R[:, None], room_R1 - 1)
-        is_end_RG = torch.isin(new_RG, ends) & settles_RG
-        settles_RG = settles_RG & (is_end_RG.cumsum(dim=1) - is_end_RG.to(torch.int64) == 0)
+        settles_RG = places_G[: num_drafts + 1] <= torch.minimum(accepted_R[:, None], room_R1 - 1)
+        ended_R = torch.zeros_like(accepted_R)
+        if end_ids:
+            is_end_RG = torch.isin(new_RG, ends) & settles_RG
+            settles_RG = settles_RG & (is_end_RG.cumsum(dim=1) - is_end_RG.to(torch.int64) == 0)
+            ended_R = is_end_RG.any(dim=1).to(torch.int64)
         # The one place of a round where the host waits.
-        counts, ended = torch.stack([settles_RG.sum(dim=1), is_end_RG.any(dim=1).to(torch.int64)]).tolist()
+        counts, ended = torch.stack([settles_RG.sum(dim=1), ended_R]).tolist()
 
         places_RG = columns_RG.masked_fill(~settles_RG, length)  # behind the canvas: not settled
         text_BL[rows_R1, places_RG] = new_RG
@@ -160,9 +166,12 @@ def speculate(
         live = rounds.settle(counts, ended)
         yield Step(step, text_BL[:, :length].clone(), masked_BL, committed_BL, confidence_BL[:, :length], given_back_BL, step + 1)
         if live:
+            last_token_R1 = behind_R1  # of a row that goes on, what was accepted settled whole
             if len(live) < len(counts):
                 kept = torch.tensor(live, device=device)
-                next_logits_RKGV, accepted_R, last_R1, keys_R1, rows_R = (x[kept] for x in (next_logits_RKGV, accepted_R, last_R1, keys_R1, rows_R))
+                next_logits_RKGV, accepted_R, last_R1, last_token_R1 = (x[kept] for x in (next_logits_RKGV, accepted_R, last_R1, last_token_R1))
+                if hot:
+                    keys_R1, rows_R = keys_R1[kept], rows_R[kept]
             chosen_RGV = next_logits_RKGV[torch.arange(len(live), device=device), accepted_R]
             if hot:
                 first_RG = last_R1 + accepted_R[:, None] + 2 + torch.arange(draft_length, device=device)
@@ -174,6 +183,29 @@ def speculate(
         step += 1
 
 
+class _Shape(NamedTuple):
+    """What does not change from round to round, relative to the last settled column.
+
+    key: what it was made for. num_behind: columns behind the last settled one. Of each query: its column (columns_Q), its slot (slots_Q),
+    up to where it sees clean columns (limits_Q), from and before which slot it sees its own block (own_Q, own_ends_Q), whether it is a
+    mask, whether it is clean text. kept_N: the queries that are read. known_Q: of each query its place among [last token, drafts, mask].
+    seen_QD: which slot each query sees, by the slot's distance from the last settled column, from -L on.
+    """
+
+    key: tuple[int, int]
+    num_behind: int
+    columns_Q: torch.Tensor
+    slots_Q: torch.Tensor
+    limits_Q: torch.Tensor
+    own_Q: torch.Tensor
+    own_ends_Q: torch.Tensor
+    is_mask_Q: torch.Tensor
+    is_clean_Q: torch.Tensor
+    kept_N: torch.Tensor
+    known_Q: torch.Tensor
+    seen_QD: torch.Tensor
+
+
 class _Rounds:
     """Where the rows stand, and their forwards. last: the column of each row's last settled token. num_stored: columns left of it are
     clean and stored."""
@@ -182,7 +214,6 @@ class _Rounds:
         self.predictor, self.draft_length, self.banned_ids = predictor, draft_length, banned_ids
         self.lag = int(predictor.alignment == "shift")
         self.device, self.length = canvas.tokens_BL.device, canvas.tokens_BL.shape[1]
-        self.positions_BL = canvas.positions_BL
         self.begins = row_begins(canvas)
         self.ends = [begin + count for begin, count in zip(self.begins, row_lengths(canvas), strict=True)]
         places = masked_places(canvas.masked_BL)
@@ -192,68 +223,89 @@ class _Rounds:
         # Behind the canvas there is room for the drafted tokens and for a block of masks for each outcome.
         self.nowhere = self.length + draft_length + 1 + (draft_length + 1) ** 2
         self.store = predictor.new_store(len(self.rows), self.nowhere)
-        self.shape, self.shaped = None, None
+        self.shape: _Shape | None = None
 
     def standing(self) -> torch.Tensor:
-        """(last_R1, room_R1, rows_R1): the last settled column of each open row, the columns behind it, which row it is."""
-        return torch.tensor([[self.last[row], self.ends[row] - 1 - self.last[row], row] for row in self.rows], device=self.device).T[..., None]
+        """(last_R1, room_R1, rows_R1, begins_R1): the last settled column of each open row, the columns behind it, which row it is, and
+        where it begins."""
+        stand = [(self.last[row], self.ends[row] - 1 - self.last[row], row, self.begins[row]) for row in self.rows]
+        return torch.tensor(stand, device=self.device).T[..., None]
 
     def forward(
-        self, text_BL: torch.Tensor, drafts_RG: torch.Tensor | None, last_R1: torch.Tensor, room_R1: torch.Tensor, rows_R1: torch.Tensor
+        self, text_BL: torch.Tensor, known_RC: torch.Tensor | None, last_R1: torch.Tensor, room_R1: torch.Tensor, rows_R1: torch.Tensor,
+        begins_R1: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits_RGV of the drafted tokens and of the one behind them, by the causal pass; logits_RKGV of the G tokens that would be
-        drafted next for each outcome), banned. Columns: the text that is not stored yet, the drafts, then a block for each outcome."""
-        drafted = 0 if drafts_RG is None else self.draft_length
+        drafted next for each outcome), banned. Columns: the text that is not stored yet, the drafts, then a block for each outcome.
+
+        known_RC: the last settled token, which is all that is not stored yet, and the drafts behind it; None in the first forward."""  # fmt: skip
+        drafted = 0 if known_RC is None else self.draft_length
         num_clean = max(self.last[row] - self.num_stored[row] for row in self.rows) + 1 + drafted
-        if self.shape != (num_clean, drafted):
-            self.shape, self.shaped = (num_clean, drafted), self._shape(num_clean, drafted)
-        columns_Q, slots_Q, limits_Q, own_Q, own_ends_Q, is_mask_Q, kept_N, real_Q = self.shaped
-        if drafts_RG is not None:
-            text_BL = text_BL.index_put((rows_R1, last_R1 + 1 + torch.arange(drafted, device=self.device)), drafts_RG)
-        columns_RQ = last_R1 + columns_Q
-        tokens_RQ = text_BL[rows_R1, columns_RQ.clamp(0, text_BL.shape[1] - 1)].masked_fill(is_mask_Q, self.predictor.mask_token_id)
+        if self.shape is None or self.shape.key != (num_clean, drafted):
+            self.shape = self._shape(num_clean, drafted)
+        shape = self.shape
+        columns_RQ = last_R1 + shape.columns_Q
+        if known_RC is None:
+            tokens_RQ = text_BL[rows_R1, columns_RQ.clamp(0, text_BL.shape[1] - 1)].masked_fill(shape.is_mask_Q, self.predictor.mask_token_id)
+        else:
+            tokens_RQ = pad(known_RC, (0, 1), value=self.predictor.mask_token_id)[:, shape.known_Q]
         # Behind a row's end stands its last position: some models have no further ones, and a row must be what it is alone.
-        positions_RQ = self.positions_BL[rows_R1, torch.minimum(columns_RQ, last_R1 + room_R1).clamp(min=0)]
-        slots_RQ = last_R1 + slots_Q
-        num_keys = max(self.last[row] for row in self.rows) + 1 + int(real_Q.shape[0]) - num_clean + drafted
-        key_K = torch.arange(num_keys, device=self.device)
-        limits_RQ1, own_RQ1, own_ends_RQ1 = ((last_R1 + x)[..., None] for x in (limits_Q, own_Q, own_ends_Q))
-        seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
-        ragged = any(self.num_stored[row] != self.last[row] for row in self.rows)
-        if ragged:  # the first forward: rows with shorter prompts have nothing in the first columns
-            stored_R1 = torch.tensor([[self.num_stored[row]] for row in self.rows], device=self.device)
-            is_padding_RQ = (columns_RQ < stored_R1) & real_Q
-            slots_RQ = slots_RQ.masked_fill(is_padding_RQ, self.nowhere)
-            # Their queries stand for nothing, and softmax wants a key.
-            limits_RQ1 = torch.where(is_padding_RQ[..., None], stored_R1[..., None], limits_RQ1)
-            seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
-        if any(self.begins):
-            begins_R11 = torch.tensor([self.begins[row] for row in self.rows], device=self.device)[:, None, None]
-            seen_RQK = seen_RQK & (key_K >= begins_R11)
-        kept_RN = kept_N.expand(len(self.rows), -1)
+        positions_RQ = (torch.minimum(columns_RQ, last_R1 + room_R1) - begins_R1).clamp(min=0)
+        slots_RQ = last_R1 + shape.slots_Q
+        furthest = max(self.last[row] for row in self.rows)
+        num_keys = furthest + 1 + shape.num_behind
+        if not any(self.begins) and len({(self.last[row], self.num_stored[row]) for row in self.rows}) == 1:
+            seen_RQK = shape.seen_QD[None, :, self.length - furthest : self.length - furthest + num_keys]
+        else:
+            slots_RQ, seen_RQK = self._ragged(shape, columns_RQ, slots_RQ, last_R1, num_keys)
+        kept_RN = shape.kept_N.expand(len(self.rows), -1)
         logits_RNV = self.predictor.forward_columns(tokens_RQ, positions_RQ, kept_RN, seen_RQK, num_keys, self.store, slots_RQ, None)
         logits_RNV = ban(logits_RNV.flatten(0, 1), self.predictor.mask_token_id, self.predictor.vocab_size, self.banned_ids).view(logits_RNV.shape)
         return logits_RNV[:, : drafted + 1], logits_RNV[:, drafted + 1 :].unflatten(1, (drafted + 1, self.draft_length))
 
-    def _shape(self, num_clean: int, drafted: int) -> tuple[torch.Tensor, ...]:
-        """What does not change from round to round, relative to the last settled column: of each query its column, its slot, up to where
-        it sees clean columns, and the slots of its own block; which queries are masks, which are read, which are clean."""
-        width = self.draft_length + 1
+    def _ragged(
+        self, shape: _Shape, columns_RQ: torch.Tensor, slots_RQ: torch.Tensor, last_R1: torch.Tensor, num_keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots_RQ, seen_RQK) where rows stand at different columns: what `seen_QD` says, row by row."""
+        key_K = torch.arange(num_keys, device=self.device)
+        limits_RQ1, own_RQ1, own_ends_RQ1 = ((last_R1 + x)[..., None] for x in (shape.limits_Q, shape.own_Q, shape.own_ends_Q))
+        if any(self.num_stored[row] != self.last[row] for row in self.rows):
+            # The first forward: rows with shorter prompts have nothing in the first columns.
+            stored_R1 = torch.tensor([[self.num_stored[row]] for row in self.rows], device=self.device)
+            is_padding_RQ = (columns_RQ < stored_R1) & shape.is_clean_Q
+            slots_RQ = slots_RQ.masked_fill(is_padding_RQ, self.nowhere)
+            # Their queries stand for nothing, and softmax wants a key.
+            limits_RQ1 = torch.where(is_padding_RQ[..., None], stored_R1[..., None], limits_RQ1)
+        seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
+        if any(self.begins):
+            begins_R11 = torch.tensor([self.begins[row] for row in self.rows], device=self.device)[:, None, None]
+            seen_RQK = seen_RQK & (key_K >= begins_R11)
+        return slots_RQ, seen_RQK
+
+    def _shape(self, num_clean: int, drafted: int) -> _Shape:
+        # Under shift a drafting block begins with d_k, which stands: inside a causal block it sees and is what the clean d_k sees and is,
+        # so that column is left out there.
+        starts = int(self.lag and self.predictor.attention != "causal_in_block")
+        width = self.draft_length + (starts if self.lag else 1)
         clean_C = torch.arange(num_clean) - (num_clean - 1 - drafted)
         outcome_W, at_W = (x.flatten() for x in torch.meshgrid(torch.arange(drafted + 1), torch.arange(width), indexing="ij"))
-        # In a drafting block under shift the first column repeats d_k; everything else is a mask.
-        drafting_W = outcome_W + 1 - self.lag + at_W
+        drafting_W = outcome_W + 1 - starts + at_W
         slots_W = 1 + drafted + torch.arange(len(at_W))
         nothing_C, own_W = torch.full_like(clean_C, 1 << 40), 1 + drafted + outcome_W * width
         own_ends_W = slots_W + 1 if self.predictor.attention == "causal_in_block" else own_W + width
-        is_mask_W = ~((at_W == 0) & bool(self.lag))
-        read = [*range(num_clean - 1 - drafted, num_clean), *(num_clean + i for i in range(len(at_W)) if i % width)]
-        pairs = (
-            (clean_C, drafting_W), (clean_C, slots_W), (clean_C, outcome_W - self.lag), (nothing_C, own_W), (nothing_C, own_ends_W),
-            (torch.zeros_like(clean_C, dtype=torch.bool), is_mask_W),
-        )  # fmt: skip
-        real_Q = torch.cat([torch.ones_like(clean_C, dtype=torch.bool), torch.zeros_like(is_mask_W)])
-        return tuple(x.to(self.device) for x in (*(torch.cat(pair) for pair in pairs), torch.tensor(read), real_Q))
+        is_mask_W = ~((at_W == 0) & bool(starts))
+        # Under in_place the first mask stands for the token that the causal pass predicts.
+        first_read = width - self.draft_length
+        read = [*range(num_clean - 1 - drafted, num_clean), *(num_clean + i for i in range(len(at_W)) if i % width >= first_read)]
+        columns_Q = torch.cat([clean_C, drafting_W])
+        limits_Q, own_Q = torch.cat([clean_C, outcome_W - starts]), torch.cat([nothing_C, own_W])
+        own_ends_Q, is_mask_Q = torch.cat([nothing_C, own_ends_W]), torch.cat([torch.zeros_like(clean_C, dtype=torch.bool), is_mask_W])
+        num_behind = len(at_W) + drafted
+        distance_D = torch.arange(-self.length, num_behind + 1)
+        seen_QD = (distance_D <= limits_Q[:, None]) | ((distance_D >= own_Q[:, None]) & (distance_D < own_ends_Q[:, None]))
+        known_Q = columns_Q.masked_fill(is_mask_Q, drafted + 1).clamp(min=0)
+        tensors = (columns_Q, torch.cat([clean_C, slots_W]), limits_Q, own_Q, own_ends_Q, is_mask_Q, torch.arange(len(columns_Q)) < num_clean, torch.tensor(read), known_Q, seen_QD)
+        return _Shape((num_clean, drafted), num_behind, *(x.to(self.device) for x in tensors))
 
     def settle(self, counts: list[int], ended: list[int]) -> list[int]:
         """Move on by the settled tokens, the last of which is not stored yet. Returns the places of the rows that are still open."""

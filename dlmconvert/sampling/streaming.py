@@ -1,8 +1,8 @@
 """Following the denoising from outside, as transformers' `generate` does it: GenerationConfig, streamers, stopping criteria.
 
 Tokens settle in any order, but text can be read, and a stop be judged, only as far as it has no hole. So all of this speaks of the
-*settled prefix* of a row: its prompt, and the generated tokens left of its first masked position. Left to right and block by block it
-grows steadily; in other orders it grows in leaps. Nothing of transformers is imported: a streamer has `put` and `end`, a stopping
+*settled prefix* of a row: its prompt, and what stands between it and the row's first masked position (of a text with gaps, the given
+tokens between them as well). Left to right and block by block it grows steadily; in other orders it grows in leaps. Nothing of transformers is imported: a streamer has `put` and `end`, a stopping
 criterion is called with (input_ids, scores).
 
 Shapes: B rows, L positions of the canvas, P tokens of a prompt, K tokens that have settled.
@@ -49,7 +49,8 @@ def options_of(generation_config: Any, known: Sequence[str], refuse: Callable[[s
 class Follower:
     """Feeds one streamer and asks the stopping criteria, row by row, as the settled prefix grows.
 
-    streamer: gets the prompt (1, P) first, then each newly settled piece of the prefix (K,), up to the end token and with it.
+    streamer: gets the prompt (1, P) first, which is all that stands left of the first position to be filled, then each newly settled
+        piece of the prefix (K,), up to the end token and with it.
     criteria: each is called with (input_ids (1, P + k), None) for every length k that the prefix takes on, so a stop is found where
         a left-to-right decoder would have found it, and once more when a step did not make it longer, but never about the prompt alone; it returns a boolean or a
         boolean tensor of one element. Padding is not part of input_ids.
@@ -68,13 +69,14 @@ class Follower:
         self.criteria = [] if criteria is None else list(criteria) if isinstance(criteria, Iterable) else [criteria]
         self.device = canvas.tokens_BL.device
         real_BL = torch.ones_like(canvas.masked_BL) if canvas.segments_BL is None else canvas.segments_BL == ROW
-        self.prompts = [tokens_L[real_L & ~masked_L].tolist() for tokens_L, real_L, masked_L in zip(canvas.tokens_BL, real_BL, canvas.masked_BL, strict=True)]
-        self.columns = [masked_L.nonzero()[:, 0].tolist() for masked_L in canvas.masked_BL]
+        behind_BL = canvas.masked_BL.cumsum(dim=1) > 0
+        self.prompts = [tokens_L[real_L & ~behind_L].tolist() for tokens_L, real_L, behind_L in zip(canvas.tokens_BL, real_BL, behind_BL, strict=True)]
+        self.columns = [row_L.nonzero()[:, 0].tolist() for row_L in real_BL & behind_BL]
         self.settled: list[list[int]] = [[] for _ in range(rows)]
         self.is_done = [False] * rows
         self.stopped: list[int | None] = [None] * rows
         if streamer is not None:
-            streamer.put(torch.tensor([self.prompts[0]]))
+            streamer.put(torch.tensor([self.prompts[0]], dtype=torch.int64))
 
     def see(self, tokens_BL: torch.Tensor, masked_BL: torch.Tensor) -> bool:
         """Take in the state after a step. True: every row has come to its end or to a stop, and no more steps are needed."""

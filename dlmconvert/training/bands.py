@@ -10,14 +10,13 @@ Shapes: B rows, L tokens, G groups a row, N groups in all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dlmconvert.data.loader import BatchStream
 from dlmconvert.diffusion.corruption import count_in_groups
-from dlmconvert.diffusion.streams import block_numbers
 from dlmconvert.training.engine import batch_to
 from dlmconvert.training.losses import LoopSettings, context_of
 
@@ -58,7 +57,7 @@ class BandSearch:
         Raises no error when too few groups fell into every band: the whole range is kept.
         """
         context = context_of(settings, step)
-        if context.has_two_streams:
+        if context.block_length is not None:
             self.stream.block_length = lambda number: context.block_length  # the training's at this step, for all batches of the search
         found = [self._groups(engine, settings, context, number, start) for number in range(self.num_batches) for start in range(0, self.stream.rows_per_step, settings.micro_batch)]
         t_N, loss_N = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -74,13 +73,8 @@ class BandSearch:
         """(t_N, loss_N) of the groups with anything to mask: the 1/t-weighted loss divided by their eligible tokens."""
         batch = self.stream.batch(number, start, min(start + settings.micro_batch, self.stream.rows_per_step))
         x_0_BL, x_t_BL, masked_BL, positions_BL, segments_BL = batch_to(engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.positions_BL, batch.segments_BL)
-        clean = ()
-        if segments_BL is not None:
-            context = replace(context, segments_BL=segments_BL)
-        if context.has_two_streams:
-            clean = (x_0_BL, torch.zeros_like(masked_BL))
-            if segments_BL is not None:
-                context = replace(context, blocks_BL=block_numbers(positions_BL, context.block_length))
+        context = context.in_documents(segments_BL, positions_BL)
+        clean = (x_0_BL, torch.zeros_like(masked_BL)) if context.has_two_streams else ()
         x_0_N = x_0_BL[masked_BL]
         with engine.autocast():
             _, ce_N = engine.denoiser(x_t_BL, masked_BL, positions_BL, context, torch.zeros(x_0_N.shape, device=x_0_N.device), x_0_N, *clean)

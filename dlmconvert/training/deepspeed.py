@@ -24,10 +24,11 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder
-from dlmconvert.training.deepspeed_config import MIN_LOSS_SCALE
+from dlmconvert.training.deepspeed_config import MIN_LOSS_SCALE, NO_CLIPPING, with_bucket_for
 from dlmconvert.training.engine import enable_gradient_checkpointing, peak_resident_bytes
-from dlmconvert.training.optimizer import make_adamw, set_learning_rate
+from dlmconvert.training.optimizer import clip, make_adamw, set_learning_rate
 from dlmconvert.training.saving import host_copy
+from dlmconvert.training.zero_gradients import spare_copies
 
 TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
 _linear = torch.nn.functional.linear
@@ -158,17 +159,25 @@ class DeepSpeedEngine:
         self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         self.has_frozen = any(not p.requires_grad for p in denoiser.parameters())
         if self.zero_stage < 3:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+            for parameter in denoiser.parameters():  # DeepSpeed would cast them too, on the device, after all of float32 has come there
+                parameter.data = parameter.data.to(self.device, dtype)
             denoiser.to(self.device)
         optimizer = make_adamw(denoiser, betas=betas, eps=eps, weight_decay=weight_decay, rates=rates)
+        config = with_bucket_for(config, sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values()))
         self._engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config, dist_init_required=False)
         if self.zero_stage == 3:
             _announce_trained_rows(denoiser)
         if self.zero_stage == 0 and ranks.count == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
+        if self.zero_stage > 0:
+            spare_copies(self._engine.optimizer, self.zero_stage, ranks.count)
         if precision == "fp16":
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop decides when to stop
         self.overflowed = False
         self._accumulation = config["gradient_accumulation_steps"]
+        self._clip_norm = None if config["gradient_clipping"] == NO_CLIPPING else config["gradient_clipping"]
+        self._engine.clip_fp32_gradients = lambda: None  # of stage 0: `update` has done it, by the same norm as all others
         self._backwards = 0
         self.denoiser = self._engine  # called like the Denoiser that it wraps
 
@@ -194,7 +203,7 @@ class DeepSpeedEngine:
         scale = self.loss_scale
         set_learning_rate(self._engine.optimizer, learning_rate)
         if self.zero_stage == 0:  # DeepSpeed clips with torch here, and neither tells the norm nor looks at it
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+            norm = float(clip(self.parameters.values(), self._clip_norm))
             if not math.isfinite(norm):
                 self._leave_out()
                 return norm

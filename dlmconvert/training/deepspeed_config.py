@@ -11,6 +11,7 @@ from dlmconvert.errors import UserError
 NO_CLIPPING = 1e30  # DeepSpeed computes the gradient norm only when it clips
 # Of fp16, in both engines: halved at every overflow, doubled after so many steps without one.
 INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE = 2.0**16, 2000, 1.0
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's own reduce_bucket_size
 _FROM = {  # where a derived value comes from, for the message about a contradiction
     "train_batch_size": "rows_per_step",
     "train_micro_batch_size_per_gpu": "micro_batch",
@@ -43,7 +44,7 @@ def derived_config(
 ) -> dict[str, Any]:
     """What the recipe says, in DeepSpeed's words. num_micro_batches: of one rank in one step."""
     zero: dict[str, Any] = {"stage": zero_stage}
-    if num_ranks == 1 and zero_stage in (1, 2):
+    if num_ranks == 1 and zero_stage > 0:
         zero["contiguous_gradients"] = False  # a copy into the buffer from which gradients are sent to others
     for key, place in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
         if place != "none":
@@ -61,6 +62,15 @@ def derived_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def with_bucket_for(config: dict[str, Any], num_trained: int) -> dict[str, Any]:
+    """The JSON with a `reduce_bucket_size` (elements; gradients are sent in such pieces) that is no larger than the model: DeepSpeed
+    allocates it whole. A size that the user has given stays."""
+    zero = dict(config["zero_optimization"])
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, num_trained)
+    return config | {"zero_optimization": zero}
 
 
 def _fp16() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder, write_tensors
 from dlmconvert.training.deepspeed_config import INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE
-from dlmconvert.training.optimizer import make_adamw, set_learning_rate
+from dlmconvert.training.optimizer import clip, make_adamw, set_learning_rate
 from dlmconvert.training.ranks import Solo
 
 
@@ -80,11 +80,10 @@ class SingleDeviceEngine:
         `overflowed` then says whether only the loss scale was too high, which is halved. `step` counts the step in every case: the
         schedule and the rows go by it, AdamW's own counter by updates.
         """
-        parameters = list(self.parameters.values())
         scale = self.loss_scale
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm if self.clip_norm is not None else float("inf")))
+        norm = float(clip(self.parameters.values(), self.clip_norm))
         is_finite = math.isfinite(norm)
         self.overflowed = scale is not None and scale > MIN_LOSS_SCALE and not is_finite
         if is_finite:

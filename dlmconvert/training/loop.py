@@ -84,7 +84,7 @@ def train(
             norm = engine.update(settings.learning_rate_at(step))
             masked = max(1.0, totals.pop("masked"))
             num_tokens = settings.rows_per_step * part.row_length
-            speed.add(time.monotonic() - started, num_tokens, masked)
+            speed.add(time.monotonic() - started, num_tokens, totals.pop("predicted"), passes=2 if "edit_loss" in totals else 1)
 
             problem = None
             if found := problem_of(is_broken, norm, engine.overflowed):
@@ -160,7 +160,7 @@ def accumulate(engine: SingleDeviceEngine, stream: Stream, settings: LoopSetting
     context = context_of(settings, step)
     num_eligible = stream.num_eligible(step)
     num_masked = stream.num_masked(step) if settings.normaliser == "masked" else None
-    starts = micro_batches(settings, engine.ranks.rank, engine.ranks.count)
+    starts = own_micro_batches(settings, engine.ranks)
     ar_weight = ar_weight_at(settings, step, balance)
     sums: dict[str, float] = {}
     broken = []
@@ -188,6 +188,13 @@ def micro_batches(settings: LoopSettings, rank: int, count: int) -> list[tuple[i
     share = shares(settings.rows_per_step, count)
     first = rank * share
     return [(start, min(start + settings.micro_batch, first + share)) for start in range(first, first + share, settings.micro_batch)]
+
+
+def own_micro_batches(settings: LoopSettings, ranks: Any) -> list[tuple[int, int]]:
+    """Of the rank that this process is, or of all those that it stands for."""
+    if ranks.count > 1:
+        return micro_batches(settings, ranks.rank, ranks.count)
+    return [rows for rank in range(ranks.stands_for) for rows in micro_batches(settings, rank, ranks.stands_for)]
 
 
 def broken_micro_batches(engine: SingleDeviceEngine, stream: Stream, settings: LoopSettings, step: int, mine: list[int]) -> list[MicroBatch]:

@@ -13,7 +13,6 @@ from dlmconvert.diffusion.alignment import predictable
 from dlmconvert.diffusion.attention import CAUSAL, AttentionContext
 from dlmconvert.diffusion.objective import denoising_loss, token_weights
 from dlmconvert.diffusion.schedules import attention_at, block_length_at
-from dlmconvert.diffusion.streams import block_numbers
 from dlmconvert.training.engine import SingleDeviceEngine, batch_to
 from dlmconvert.training.optimizer import learning_rate
 from dlmconvert.training.terms import add_source, embedding_noise, gidd_mixture, gidd_score, real_positions
@@ -116,15 +115,14 @@ def batch_loss(
     `masked`: the same over the targets of the global batch (num_masked_global), whose number is known before the forward.
     `masked_micro_batch`: each micro-batch divided by its own targets, then averaged, as DiffuLLaMA's released code does.
     In a block model under `shift` the first tokens of blocks are targets with weight 1 (streams.py). ar_weight: what the next-token
-    loss on the clean copy, divided by the eligible tokens, is added with.
+    loss on the clean copy, divided by the eligible tokens, is added with. `predicted`: tokens that went through the output matrix.
     """
     x_0_BL, x_t_BL, masked_BL, t_BL, positions_BL, segments_BL, starts_BL, eligible_BL, x_edit_BL = batch_to(
         engine.device, batch.x_0_BL, batch.x_t_BL, batch.masked_BL, batch.t_BL, batch.positions_BL, batch.segments_BL, batch.starts_BL,
         batch.eligible_BL, batch.x_edit_BL,
     )  # fmt: skip
     denoiser = engine.denoiser
-    if segments_BL is not None:
-        context = replace(context, segments_BL=segments_BL)
+    context = context.in_documents(segments_BL, positions_BL)
     x_0_N, mixture = x_0_BL[masked_BL], None
     if settings.corruption == "gidd":
         mixture, seen = gidd_mixture(settings, denoiser), (x_t_BL[masked_BL], x_0_N, t_BL[masked_BL])
@@ -171,7 +169,7 @@ def batch_loss(
                 elbo_N, is_mask_N = token_weights(t_BL, masked_BL, "elbo"), torch.ones_like(x_0_N, dtype=torch.bool)
             nelbo = denoising_loss(divergence_N, elbo_N, float(num_eligible))
             found = torch.stack([loss.detach(), nelbo, (ce_N * is_mask_N).sum(), is_mask_N.sum()]).tolist()
-        sums = dict(zip(("loss", "nelbo", "ce_sum", "masked"), found, strict=True))
+        sums = dict(zip(("loss", "nelbo", "ce_sum", "masked"), found, strict=True)) | {"predicted": float(x_0_N.numel())}
         if settings.teacher_kl:
             sums["teacher_kl"] = float(values[1].sum()) / num_eligible
     sums |= {name: float(value) for name, value in extras.found.items()}
@@ -184,7 +182,7 @@ def batch_loss(
     with engine.autocast():
         edit_loss, _ = denoiser(x_edit_BL, eligible_BL, positions_BL, context, weights_N, x_0_BL[eligible_BL])
     sums["edit_loss"] = float(edit_loss.detach())
-    return loss + edit_loss, sums | {"loss": sums["loss"] + sums["edit_loss"]}
+    return loss + edit_loss, sums | {"loss": sums["loss"] + sums["edit_loss"], "predicted": sums["predicted"] + weights_N.numel()}
 
 
 def _two_stream_loss(
@@ -204,8 +202,6 @@ def _two_stream_loss(
     One forward and one head for both copies: the weights say what a prediction of the clean copy counts for.
     """
     (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, eligible_BL) = rows, targets
-    if context.segments_BL is not None:  # position ids restart with the documents, and so do blocks
-        context = replace(context, blocks_BL=block_numbers(positions_BL, context.block_length))
     next_BL = eligible_BL & predictable(context.segments_BL if context.segments_BL is not None else torch.zeros_like(x_0_BL), "shift")
     starts_BL = torch.zeros_like(masked_BL) if starts_BL is None else starts_BL
     clean_BL = starts_BL | next_BL if ar_weight > 0 else starts_BL
@@ -222,5 +218,5 @@ def _two_stream_loss(
         starts_ce = (clean_ce_BL * starts_BL).sum()
         values = [loss.detach(), ((ce_BL / t_BL).sum() + starts_ce) / num_eligible, ce_BL.sum()]
         values = torch.stack([*values, (clean_ce_BL * next_BL).sum() / num_eligible]).tolist()
-    sums = {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(masked_BL.sum())}
+    sums = {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(masked_BL.sum()), "predicted": float(ce_N.numel())}
     return loss, sums | ({"ar_nll": values[3]} if ar_weight > 0 else {})

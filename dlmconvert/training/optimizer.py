@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -95,3 +96,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The common learning rate of the next update, times each group's own multiple."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
+
+
+def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """Scale the gradients so that their norm is at most `max_norm` (None: as they are). Returns the norm before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = gradient_norm(p.grad for p in parameters)
+    if max_norm is not None and parameters:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def gradient_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all elements of all tensors, a float32 scalar; not finite when one of them is not.
+
+    Rows of 4096 first, then the rows: on a CPU torch sums the squares of a whole tensor in a few float32 numbers, which is off by 0.3
+    percent for 40 million elements (this: by 1e-7), and a float64 copy of them all takes many times as long.
+    """
+    norms = [_norm(piece) for tensor in tensors for piece in _float_pieces(tensor.detach())]
+    return _norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _float_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    if flat.dtype == torch.float32:
+        yield flat
+        return
+    for piece in flat.split(1 << 22):  # no float32 copy of a whole matrix
+        yield piece.float()
+
+
+def _norm(flat: torch.Tensor) -> torch.Tensor:
+    rows = flat.numel() // 4096
+    if rows < 2:
+        return torch.linalg.vector_norm(flat)
+    cut = rows * 4096
+    return torch.linalg.vector_norm(torch.cat([torch.linalg.vector_norm(flat[:cut].view(rows, 4096), dim=1), flat[cut:]]))

@@ -21,9 +21,15 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the longest that one rank may let the
 
 
 class Solo:
-    """One process, which agrees with itself."""
+    """One process, which agrees with itself.
+
+    stands_for: of how many ranks it does the work, each rank's micro-batches as that rank would cut them (`replay`).
+    """
 
     rank, count, local_rank = 0, 1, 0
+
+    def __init__(self, stands_for: int = 1):
+        self.stands_for = stands_for
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         return values

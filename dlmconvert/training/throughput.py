@@ -23,7 +23,7 @@ GPU_TFLOPS = (
 class ModelFlops:
     """Floating-point operations of forward and backward, as the model needs them: recomputed activations do not count.
 
-    per_token: of every token of a row. per_target: of a token that goes through the output matrix as well (the masked ones).
+    per_token: of every token of a row. per_target: of a prediction on top, which goes through the output matrix.
     """
 
     per_token: float
@@ -39,7 +39,8 @@ def model_flops(model: Any, row_length: int, *, causal: bool = False, streams: i
     6 a matrix element and token (2 forward, 4 backward; arXiv 2001.08361), 4 where the matrix is frozen (LoRA: it gets no gradient of
     its own); + 12 L q a layer for attention to all L positions of a row, q wide, half of it under the AR objective; + 6 V d for the
     output matrix, where a token is predicted. Norms, biases and the embedding look-up are left out. Of experts, those that a token
-    goes through. streams: 2 where the clean row goes through the layers beside the noised one (block models); a loss on it is left out.
+    goes through. causal: of the L x L pairs half, as under the AR objective. streams: 2 where the clean row goes through the layers beside
+    the noised one; both together have about L^2 of the 4 L^2 pairs.
     """
     config = model.config.get_text_config()
     kinds = parameter_kinds(model)
@@ -53,12 +54,12 @@ def model_flops(model: Any, row_length: int, *, causal: bool = False, streams: i
             per_token += (6 if named[name].requires_grad else 4) * numel[name] * (share if ".experts." in name else 1.0)
     heads = config.num_attention_heads
     query = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    per_token += 12 * config.num_hidden_layers * row_length * query * (0.5 if causal else 1.0)
+    attention = 12 * config.num_hidden_layers * row_length * query * (0.5 if causal else 1.0)
     language_model = model if hasattr(model, "get_output_embeddings") else model.model
     head = language_model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     per_target = 0.0 if weight is None else (6 if weight.requires_grad else 4) * float(getattr(weight, "ds_numel", weight.numel()))
-    return ModelFlops(streams * per_token, per_target)
+    return ModelFlops(streams * per_token + attention, per_target)
 
 
 def _active_share(config: Any) -> float:
@@ -110,13 +111,13 @@ class Speed:
         self._restart()
 
     def _restart(self) -> None:
-        self._steps, self._seconds, self._tokens, self._targets = 0, 0.0, 0.0, 0.0
+        self._steps, self._seconds, self._tokens, self._passed, self._targets = 0, 0.0, 0.0, 0.0, 0.0
         self._since = time.monotonic()
 
-    def add(self, seconds: float, tokens: int, targets: float) -> None:
-        """One step. targets: tokens that were predicted in it, of all ranks."""
+    def add(self, seconds: float, tokens: int, targets: float, passes: int = 1) -> None:
+        """One step. targets: predictions that were made in it, of all ranks. passes: how often its rows went through the model (twice with edits)."""
         self._steps, self._seconds = self._steps + 1, self._seconds + seconds
-        self._tokens, self._targets = self._tokens + tokens, self._targets + targets
+        self._tokens, self._passed, self._targets = self._tokens + tokens, self._passed + passes * tokens, self._targets + targets
 
     def line(self, steps_left: int) -> dict[str, float]:
         """Means over the interval, which begins anew. Time left counts what lies between the steps as well (validation, checkpoints)."""
@@ -127,6 +128,6 @@ class Speed:
             "seconds_left": steps_left * (time.monotonic() - self._since) / steps,
         }
         if self._flops is not None and self._peak:
-            values["mfu"] = self._flops.of(self._tokens, self._targets) / seconds / self._peak
+            values["mfu"] = self._flops.of(self._passed, self._targets) / seconds / self._peak
         self._restart()
         return values

@@ -47,13 +47,18 @@ def changed(tiny_checkpoints, tmp_path):
     return make
 
 
+WRONG_TENSORS = [
+    (lambda t: t.pop("model.norm.weight"), "missing from the file: model.norm.weight"),
+    (lambda t: t.update({"model.extra.weight": torch.zeros(3)}), "not used by the model: model.extra.weight"),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), "of another shape: model.norm.weight [7] instead of [32]"),
+    (lambda t: t.pop("lm_head.weight"), "missing from the file: lm_head.weight"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop("model.norm.weight"), "missing from the file: model.norm.weight"),
-        (lambda t: t.update({"model.extra.weight": torch.zeros(3)}), "not used by the model: model.extra.weight"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), "of another shape: model.norm.weight [7] instead of [32]"),
-        (lambda t: t.pop("lm_head.weight"), "missing from the file: lm_head.weight"),
+        *WRONG_TENSORS,
         (lambda t: [t.pop("model.norm.weight"), t.update({"x": torch.zeros(1)})], "1 missing from the file: model.norm.weight; 1 not used by the model: x"),
     ],
 )

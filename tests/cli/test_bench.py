@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from command_line import fails, works
+from command_line import dlmconvert, fails, works
 from tiny_folders import END, write_folder
 
-from dlmconvert.evaluation import tuning
+from dlmconvert.evaluation import benchmark, tuning
+from dlmconvert.evaluation.benchmark import AR
 from dlmconvert.evaluation.quality import distinct, holds_answer, source_nats
 
 NEW = 4
@@ -40,7 +41,7 @@ def test_every_sampler_beside_the_source(benchmarked, folders):
     ar, *samplers = found["samplers"]
     assert ar["settings"] is None and ar["nfe"] == NEW and ar["tokens_per_forward"] == 1
     names = [sampler["name"] for sampler in samplers]
-    for part in ("order=confidence", "order=entropy", "order=margin", "order=random", "threshold=0.8", "factor", "entropy_bound", "block_length=2", "cache=prefix", "cache=dual"):
+    for part in ("order=confidence", "order=entropy", "order=margin", "order=random", "threshold=0.8", "factor", "entropy_bound", "block_length=2", "cache=prefix", "cache=dual", "helper=source"):
         assert any(part in name for name in names), part
     for sampler in found["samplers"]:
         assert sampler["num_tokens"] == 3 * NEW and len(sampler["seconds"]) == 2, "all texts have one length"
@@ -105,6 +106,44 @@ def test_block_models_draft_and_keep_their_keys(folders, tmp_path):
     assert all(sampler["num_tokens"] == 3 * NEW for sampler in (drafted, stored, plain))
     assert stored["distinct_1"] == plain["distinct_1"] and stored["nfe"] == plain["nfe"]
     assert "cache=dual" in fails(2, *how, "cache=dual")
+
+
+def test_a_helper_is_the_source_or_any_checkpoint(folders):
+    how = ("bench", folders / "model", "--prompts", folders / "prompts.txt", "--new-tokens", NEW, "--repeats", 1, "--json")
+    names = f"helper=source+draft_length=2,helper={folders / 'source'}+draft_length=2"
+    ar, by_name, by_folder = json.loads(works(*how, "--source", folders / "source", "--samplers", names).out)["samplers"]
+    assert by_name["settings"] == {"temperature": 0.0, "helper": "source", "draft_length": 2} and 2 <= by_name["nfe"] <= NEW
+    assert (by_name["nfe"], by_name["distinct_1"], by_name["nats_per_token"]) == (by_folder["nfe"], by_folder["distinct_1"], by_folder["nats_per_token"])
+    assert "no AR source is known" in fails(2, *how, "--samplers", "helper=source")
+
+
+def test_ctrl_c_keeps_what_was_measured(folders, tmp_path, monkeypatch):
+    passes, whole = [], benchmark.run_sampler
+
+    def run_sampler(*arguments):
+        passes.append(arguments)
+        if len(passes) == most:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(benchmark, "run_sampler", run_sampler)
+    how = ("--source", folders / "source", "--prompts", folders / "prompts.txt", "--new-tokens", NEW, "--repeats", 2, "--device", "cpu")
+    bench = ("bench", folders / "model", *how, "--samplers", "steps=1,steps=2", "--to", tmp_path / "found.json")
+    most = 2  # while it warms up
+    told = dlmconvert(*bench)
+    assert told.code == 130 and "0 of 3 samplers were measured, and nothing was written" in told.err and not list(tmp_path.iterdir())
+    passes, most = [], 4  # two warm-ups, the first sampler's first pass, half of the second's
+    told = dlmconvert(*bench)
+    assert told.code == 130 and "2 of 3 samplers were measured" in told.err and "steps=1" in told.out and "steps=2" not in told.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["stopped"] and [sampler["name"] for sampler in found["samplers"]] == [AR, "steps=1"]
+
+    monkeypatch.setattr(tuning, "coarse_grid", lambda num_new, works: [{"steps": 1}, {"steps": 2}, {"steps": 4}])
+    passes, most = [], 8  # the grid takes six passes, the first refinement two
+    before = sorted(path.name for path in (folders / "model").iterdir())
+    told = dlmconvert("tune-sampler", folders / "model", *how, "--floor", "90%")
+    assert told.code == 130 and "3 settings were tried, and nothing was written" in told.err and "steps=4" in told.out
+    assert sorted(path.name for path in (folders / "model").iterdir()) == before
 
 
 def test_what_was_tuned_is_what_sample_and_transformers_use(folders, tmp_path, monkeypatch):

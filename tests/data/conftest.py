@@ -5,6 +5,9 @@ from data_examples import story, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dlmconvert.data.packing import prepare_rows
+from dlmconvert.recipe.schema import TextSource
+
 
 @pytest.fixture(scope="session")
 def base_tokenizer_json():
@@ -28,3 +31,13 @@ def tokenizer(base_tokenizer_json):
 def stories(tmp_path):
     """A JSONL corpus of 60 documents."""
     return write_jsonl(tmp_path / "stories.jsonl", [{"text": story(i)} for i in range(60)])
+
+
+@pytest.fixture
+def stores(tmp_path, tokenizer):
+    """Two small sources with isolated documents."""
+    paths = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": story(100 * k + i, 12 + 8 * k)} for i in range(20)]) for k in (0, 1)]
+    return prepare_rows(
+        [TextSource(path=str(path)) for path in paths], tokenizer=tokenizer, tokenizer_fingerprint="t", row_length=16,
+        cache_folder=tmp_path / "cache", separator_id=0, validation=0, documents="isolated", workers=1,
+    )[0]  # fmt: skip

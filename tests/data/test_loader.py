@@ -18,16 +18,6 @@ MASK_ID = 1
 
 
 @pytest.fixture
-def stores(tmp_path, tokenizer):
-    """Two small sources with isolated documents."""
-    paths = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": story(100 * k + i, 12 + 8 * k)} for i in range(20)]) for k in (0, 1)]
-    return prepare_rows(
-        [TextSource(path=str(path)) for path in paths], tokenizer=tokenizer, tokenizer_fingerprint="t", row_length=16,
-        cache_folder=tmp_path / "cache", separator_id=0, validation=0, documents="isolated", workers=1,
-    )[0]  # fmt: skip
-
-
-@pytest.fixture
 def chat_store(tmp_path, tokenizer):
     ensure_chat_template(tokenizer)
     path = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": story(i, 8), "response": story(i, 4)} for i in range(20)])

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_examples import story, write_jsonl
 from test_loader import assert_same, stream, tensors
-
-from dlmconvert.data.packing import prepare_rows
-from dlmconvert.recipe.schema import TextSource
 
 CHOICES = {
     "exact": {"count": "exact"},
@@ -21,16 +17,6 @@ CHOICES = {
     "pairs in a band": {"views": "complementary", "band": (0.25, 0.75), "noise_levels": "uniform", "alignment": "in_place"},
     "none": {"corruption_kind": "none"},
 }
-
-
-@pytest.fixture
-def stores(tmp_path, tokenizer):
-    """Two small sources with isolated documents."""
-    paths = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": story(100 * k + i, 12 + 8 * k)} for i in range(20)]) for k in (0, 1)]
-    return prepare_rows(
-        [TextSource(path=str(path)) for path in paths], tokenizer=tokenizer, tokenizer_fingerprint="t", row_length=16,
-        cache_folder=tmp_path / "cache", separator_id=0, validation=0, documents="isolated", workers=1,
-    )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -122,7 +122,7 @@ def test_the_estimator_is_unbiased():
 def test_counts_are_uniform(n, num_draws):
     """Also where LLaDA's rounding is not (4 tokens, 8 draws; 20 tokens, 16 draws)."""
     keys_B = torch.arange(20_000)
-    counts = torch.cat([exact_counts(torch.full_like(keys_B, n), keys_B, draw, num_draws, 0) for draw in range(num_draws)])
+    counts = torch.cat([exact_counts(torch.full((len(keys_B), 1), n), keys_B, draw, num_draws, 0)[:, 0] for draw in range(num_draws)])
     share = torch.bincount(counts, minlength=n + 1)[1:].double() / counts.numel()
     assert int(counts.min()) >= 1 and int(counts.max()) <= n
     assert float((share - 1 / n).abs().max()) < 5 * (1 / n / counts.numel()) ** 0.5
@@ -135,19 +135,19 @@ def test_strata_and_subsets(seed):
     targets_BL = torch.zeros(6, 50, dtype=torch.bool)
     targets_BL[:, torch.randperm(50, generator=torch.Generator().manual_seed(seed))[:n]] = True
     for draw in range(draws):
-        counts_B = exact_counts(targets_BL.sum(1), keys_B, draw, draws, seed)
+        counts_B = exact_counts(targets_BL.sum(1, keepdim=True), keys_B, draw, draws, seed)[:, 0]
         assert bool((counts_B >= n * draw // draws).all()) and bool((counts_B <= -(-n * (draw + 1) // draws) + 1).all())
-        masked_BL = random_subset(targets_BL, counts_B, keys_B, draw, seed)
+        masked_BL, weight_BL = random_subset(targets_BL, torch.zeros(6, 50, dtype=torch.int64), keys_B, draw, draws, seed)
         assert torch.equal(masked_BL.sum(1), counts_B) and not bool((masked_BL & ~targets_BL).any())
+        torch.testing.assert_close(weight_BL[:, 0], n / counts_B)
 
 
 def test_noise_is_fixed_by_row_and_draw_not_by_batch():
     targets_BL = torch.ones(8, 12, dtype=torch.bool)
     keys_B = torch.arange(8)
-    counts_B = exact_counts(targets_BL.sum(1), keys_B, 1, 4, 9)
-    masked_BL = random_subset(targets_BL, counts_B, keys_B, 1, 9)
-    part_B = exact_counts(targets_BL[5:7].sum(1), keys_B[5:7], 1, 4, 9)
-    assert torch.equal(masked_BL[5:7], random_subset(targets_BL[5:7], part_B, keys_B[5:7], 1, 9))
+    blocks_BL = (torch.arange(12) // 5).expand(8, 12)
+    masked_BL, _ = random_subset(targets_BL, blocks_BL, keys_B, 1, 4, 9)
+    assert torch.equal(masked_BL[5:7], random_subset(targets_BL[5:7], blocks_BL[5:7], keys_B[5:7], 1, 4, 9)[0])
 
 
 def test_one_target_is_exact_and_no_target_is_zero():

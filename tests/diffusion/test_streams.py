@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny_models import FAMILIES, build, denoiser, known_answers, rewritten
@@ -13,7 +11,7 @@ from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowe
 from dlmconvert.diffusion.block_attention import sees_at_inference
 from dlmconvert.diffusion.likelihood import block_nelbo_draw
 from dlmconvert.diffusion.objective import cross_entropy
-from dlmconvert.diffusion.streams import block_numbers, block_starts, two_streams
+from dlmconvert.diffusion.streams import block_starts, two_streams
 
 PICTURES = {  # queries n0 n1 n2 n3 c0 c1 c2 c3; keys the same: BD3-LM, NBDiff, I-DLM for L = 4, L' = 2
     "block_causal": "11000000 11000000 00111100 00111100 00001100 00001100 00001111 00001111",
@@ -44,7 +42,7 @@ def test_blocks_of_documents_are_those_of_the_documents_alone(pattern):
     lengths = (5, 7)
     segments_BL = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))[None]
     positions_BL = torch.cat([torch.arange(n) for n in lengths])[None]
-    context = AttentionContext(pattern=pattern, block_length=3, length=12, segments_BL=segments_BL, blocks_BL=block_numbers(positions_BL, 3))
+    context = AttentionContext(pattern=pattern, block_length=3, length=12).in_documents(segments_BL, positions_BL)
     whole = allowed_matrix(24, context)[0, 0]
     expected = torch.zeros_like(whole)
     first = 0
@@ -68,7 +66,7 @@ def test_both_dense_masks_give_the_same_logits_in_every_family(family):
     kernels = ("sdpa", "eager") if family != "gemma2" else ("eager",)
     models = [rewritten(family, attention=kernel) for kernel in kernels]
     for pattern in TWO_STREAMS:
-        context = AttentionContext(pattern=pattern, block_length=4, length=length, segments_BL=segments_BL, blocks_BL=block_numbers(positions_BL, 4))
+        context = AttentionContext(pattern=pattern, block_length=4, length=length).in_documents(segments_BL, positions_BL)
         logits = [call_model(model, *two_streams(x_t_BL, x_0_BL, positions_BL), context).logits for model in models]
         torch.testing.assert_close(logits[0], logits[-1], rtol=1e-4, atol=2e-5)
         clean = call_model(models[0], *two_streams(x_0_BL, x_0_BL, positions_BL), context).logits
@@ -87,7 +85,7 @@ def test_a_flex_attention_mask_attends_as_a_dense_one(pattern, isolated):
     if isolated:
         segments_BL = (torch.arange(length) >= torch.tensor([[30], [41]])).long()
         positions_BL = torch.arange(length) - segments_BL * torch.tensor([[30], [41]])
-        context = replace(context, segments_BL=segments_BL, blocks_BL=block_numbers(positions_BL, 8))
+        context = context.in_documents(segments_BL, positions_BL)
     q, k, v = torch.randn(3, 2, 2, 2 * length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     flex, dense = (realise(context, 2 * length, kind, torch.float32, "cpu").mask for kind in ("flex_attention", "sdpa"))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)

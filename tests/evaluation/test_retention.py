@@ -16,7 +16,10 @@ from tiny_models import FAMILIES, VOCAB, build, denoiser
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.errors import UserError
 from dlmconvert.evaluation.nelbo import measure_likelihood
+from dlmconvert.evaluation.own_tokens import own_acceptance
 from dlmconvert.evaluation.retention import Retention, causal_agreement, layer_and_kind, sentence, weight_drift
+from dlmconvert.sampling.canvas import canvas_after_prompts
+from dlmconvert.sampling.denoise import denoise
 
 LENGTH = 12
 SPEC = DlmSpec(attention="causal", mask_token_id=VOCAB - 1, vocab_size=VOCAB)
@@ -172,18 +175,50 @@ def test_the_batch_changes_nothing_and_progress_is_told():
     assert agreement(model, other, num_rows=3, advance=done.append).rows == 3 and done == [2, 1]
 
 
+def test_a_model_whose_denoising_is_its_ar_path_accepts_itself():
+    """Blocks of one token under shift are predicted from clean text: p is q."""
+    model = denoiser(build("llama"), "shift", "context_causal", block_length=1)
+    found = own_acceptance(model, Rows(), num_rows=5, batch=2)
+    assert found.tokens == 5 * 6 and found.acceptance == pytest.approx(1.0, abs=1e-5)
+    assert own_acceptance(denoiser(build("llama")), Rows(), num_rows=5, batch=2).acceptance < 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("isolated", [False, True])
+def test_own_tokens_are_judged_in_the_state_in_which_they_were_filled_in(isolated):
+    """Token by token, row by row, without the sampler: q from a row of masks, p from plain transformers."""
+    model, rows, length = denoiser(build("llama"), "in_place"), Rows(isolated=isolated), LENGTH
+    found = own_acceptance(model, rows, num_rows=5, batch=50)
+    ratios = []
+    for row in range(5):
+        begin = 5 if isolated else 0
+        prompt = rows.tokens_BL[row, begin : length // 2]
+        canvas = canvas_after_prompts(prompt[None], None, length - length // 2, [row])
+        (*_, last) = denoise(model, canvas, order="left_to_right", temperature=1.0, seed=0)
+        text = last.tokens_BL[0]
+        p_LV = model.model(text[None]).logits[0, :, : VOCAB - 1].softmax(-1)
+        for place in range(len(prompt), len(text)):
+            x_t = text.clone()
+            x_t[place:] = VOCAB - 1
+            wanted = torch.arange(len(text))[None] == place
+            q_V = model.predict(x_t[None], wanted)[0, : VOCAB - 1].softmax(-1)
+            ratios.append(min(1.0, float(p_LV[place - 1, text[place]] / q_V[text[place]])))
+    assert found.tokens == len(ratios) and found.acceptance == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+
+
 def test_the_command(tiny_checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     source = tiny_checkpoints["gpt2"]
     works("adapt", source, *SMALL, "run.folder=runs/tiny")
     told = works("eval", "--retention")
-    for word in ("attention moved", "MLP moved", "hidden cosine", "AR perplexity", "expected acceptance", "Read from left to right"):
+    for word in ("attention moved", "MLP moved", "hidden cosine", "AR perplexity", "accepted by the source", "own tokens accepted by its AR path", "Read from left to right"):
         assert word in " ".join(told.out.split()), told.out
     picture = tmp_path / "runs" / "tiny" / "plots" / "retention.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(works("eval", "--retention", "--json", "--plot", "mine.png").out)
     assert (tmp_path / "mine.png").is_file() and found["sentence"] in told.out
+    assert found["own"]["tokens"] == 4 * 16 and 0 < found["own"]["acceptance"] < 1 and f"{found['own']['acceptance']:.1%} of the tokens" in found["sentence"]
     assert 0 < found["weights"]["total"]["relative"] < 1 and 0 < found["agreement"]["acceptance"] < 1
     nll = json.loads(works("eval", "--json").out)[1]
     assert nll["kind"] == "nll" and found["agreement"]["nats_before"] == pytest.approx(nll["nats_per_token"], rel=1e-5)
@@ -192,7 +227,7 @@ def test_the_command(tiny_checkpoints, tmp_path, monkeypatch):
     assert original["weights"]["total"] == found["weights"]["total"]
     assert original["agreement"]["acceptance"] == pytest.approx(found["agreement"]["acceptance"], abs=1e-6)
     itself = json.loads(works("eval", "runs/tiny/source", "--retention", "--json", "--rows", 2).out)
-    assert itself["weights"]["total"]["relative"] == 0 and itself["agreement"]["greedy"] == 1 and itself["agreement"]["rows"] == 2
+    assert itself["own"] is None and itself["weights"]["total"]["relative"] == 0 and itself["agreement"]["greedy"] == 1 and itself["agreement"]["rows"] == 2
     assert "nothing is overwritten" in fails(2, "eval", "--retention", "--plot", "mine.png")
     assert "--source MODEL" in fails(2, "eval", source, "--retention", "--data", "text.jsonl")
     assert "belongs to --retention" in works("eval", "--plot", "other.png").err

@@ -50,7 +50,11 @@ def conventions(model, tokenizer):
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=start + 5)])
     stopped = model.diffusion_generate(**prompt, stopping_criteria=criteria, generation_config=config, seed=1)
     whole = model.diffusion_generate(**prompt, generation_config=config, seed=1)
+    of_gap = Told(tokenizer)
+    filled = model.infill("def f[[MASK:4]]x", tokenizer=tokenizer, streamer=of_gap, alg="entropy", do_sample=False)
     return {
+        "gap_streamed": of_gap.text,
+        "gap_filled": filled,
         "streamed": streamer.text,
         "decoded": tokenizer.decode(tokens[0, start:]),
         "stopped": stopped[0, start:].tolist(),

@@ -78,6 +78,7 @@ def test_a_folder_in_the_way_that_is_not_ours(model, tmp_path):
         ({"mask_token_id": 32}, "mask token"),
         ({"vocab_size": 10_000}, "not within"),
         ({"flavour": "vanilla"}, "unknown keys"),
+        ({"gated_adapter": {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}}, "has no gated/adapter.safetensors"),
     ],
 )
 def test_preconditions(model, tmp_path, dlm, message):

@@ -74,6 +74,7 @@ def test_a_stranger_can_sample_and_infill(family, stranger):
 def test_streamers_criteria_and_configs_as_in_transformers(family, stranger):
     found = stranger[family]["conventions"]
     assert found["streamed"] == found["decoded"] and found["decoded"]
+    assert found["gap_filled"] == "def f" + found["gap_streamed"] and found["gap_streamed"].endswith("x")
     whole, stopped = found["whole"], found["stopped"]
     assert stopped[:5] == whole[:5] and set(stopped[5:]) <= {PAD, EOS} and len(stopped) == len(whole) == 12
     assert found["beams"].startswith("ValueError") and "num_beams" in found["beams"]

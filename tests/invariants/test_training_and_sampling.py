@@ -54,7 +54,9 @@ def test_same_logits_for_the_same_state(family, alignment):
     next(iter(denoise(recorder, build_canvas([canvas_row], 0), num_steps=len(GAP), order="confidence")))
     wanted_BL, sampled_NV = recorder.first
     assert wanted_BL[0].nonzero().flatten().tolist() == list(GAP)
-    assert torch.equal(sampled_NV, _training_logits(model, row))
+    # Training may compute a written-out activation in one kernel (GPT-2): the same function, rounded otherwise.
+    close = {"rtol": 1e-5, "atol": 1e-5} if family == "gpt2" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(sampled_NV, _training_logits(model, row), **close)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from test_recipe import refused, with_keys
 
+from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
-from dlmconvert.recipe.load import validate
+from dlmconvert.recipe.load import load_recipe, validate
 
 CONTRADICTIONS = {
     "corrects twice": ["method.objective.normaliser=masked"],
@@ -20,6 +21,9 @@ CONTRADICTIONS = {
     "weighs masked tokens": ["method.name=ar", "method.attention.anneal_steps=", "method.objective.weight=cart"],
     "method.corruption.count says how": ["method.name=ar", "method.attention.anneal_steps=", "method.corruption.count=exact"],
     "needs method.attention.block_length": ["method.name=sdar", "method.attention.block_length=", "method.attention.anneal_steps="],
+    "all_masked leaves a block_causal_noisy model": ["method.name=tidar", "method.attention.anneal_steps=", "method.attention.pattern=block_causal_noisy", "method.objective.ar_weight=0"],
+    "not block_causal_noisy: there is no clean copy": ["method.name=nemotron", "method.attention.anneal_steps=", "method.attention.pattern=block_causal_noisy"],
+    "with block_causal_noisy use block_growth": ["method.name=bd3lm", "method.attention.pattern=block_causal_noisy", "method.attention.anneal=window"],
     "is for block_causal": ["method.attention.block_length=8"],
     "opens a one-stream pattern": ["method.name=bd3lm", "method.attention.anneal=random"],
     "changes the blocks of": ["method.attention.anneal=block_growth"],
@@ -69,11 +73,24 @@ def test_contradictions(sentence):
         ["method.objective.teacher_kl=1", "method.objective.alignment_weight=2", "engine.name=deepspeed", "engine.zero_stage=2"],
         ["method.corruption.edit_share=0.1", "method.corruption.embedding_noise=0.1", "method.corruption.embedding_noise_steps=0.1"],
         ["method.name=nbdiff", "method.corruption.embedding_noise=0.1", "method.corruption.embedding_noise_steps=5"],
+        ["method.name=fast-dllm-v2", "method.attention.pattern=block_causal_noisy", "method.attention.anneal=block_growth", "method.attention.anneal_steps=5"],
         ["method.alignment=in_place", "method.corruption.noise_levels=antithetic", "train.rates.attention=2", "train.rates.head=0"],
     ],
 )
 def test_choices_that_go_together(words):
     validate(with_keys(*words), "x")
+
+
+def test_what_belonged_to_a_choice_goes_with_it(tmp_path):
+    """Of the row and of the file; what the command line itself says stays, and is refused."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("source: {model: gpt2}\nmethod: {name: nbdiff, attention: {anneal_steps: 0.3}, corruption: {levels_per: row}, objective: {ar_weight: 0, ar_schedule: fixed}}\n")
+    plain = load_recipe(str(file), ["method.attention.anneal=none", "method.attention.pattern=bidirectional"]).method.attention
+    assert (plain.anneal, plain.anneal_steps, plain.block_length) == ("none", None, None)
+    assert load_recipe(str(file), ["method.attention.anneal=none"]).method.attention.block_length == 32
+    for said in ("anneal_steps=0.5", "block_length=8"):
+        with pytest.raises(UserError, match=said.partition("=")[0]):
+            load_recipe(str(file), ["method.attention.anneal=none", "method.attention.pattern=bidirectional", f"method.attention.{said}"])
 
 
 def test_each_method_says_where_it_stands():

@@ -8,11 +8,12 @@ import torch
 from tiny_decoders import MASK, denoiser_of
 from tiny_predictors import vectors
 
-from dlmconvert.diffusion.attention import AttentionContext, allowed_matrix
-from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
+from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowed_matrix
+from dlmconvert.errors import UserError
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise
 
+PATTERNS = ("block_causal", "context_causal", "causal_in_block")  # those that train on clean context
 LENGTH, BLOCK, PROMPT = 14, 4, 4  # the last block is shorter
 
 
@@ -24,7 +25,7 @@ def two_stream_mask(pattern: str, length: int, block: int) -> torch.Tensor:
             same, earlier = k // block == q // block, k // block < q // block
             seen[q, k] = same and (pattern != "causal_in_block" or k <= q)
             seen[q, length + k] = earlier
-            seen[length + q, length + k] = (same or earlier) if pattern == "block_causal" else k <= q
+            seen[length + q, length + k] = (same or earlier) if pattern in ("block_causal", "block_causal_noisy") else k <= q
     return seen
 
 
@@ -36,10 +37,17 @@ def test_the_two_stream_mask_is_the_published_one():
                 assert two_stream_mask(pattern, length, block).int().tolist() == case["expected"][name]
 
 
-@pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
+@pytest.mark.parametrize("pattern", TWO_STREAMS)
 def test_training_uses_this_mask(pattern):
     context = AttentionContext(pattern=pattern, block_length=BLOCK, length=LENGTH)
     assert torch.equal(allowed_matrix(2 * LENGTH, context)[0, 0], two_stream_mask(pattern, LENGTH, BLOCK))
+
+
+def test_a_block_model_is_not_asked_about_whole_rows():
+    denoiser, tokens_BL = denoiser_of("llama", "block_causal", "in_place", BLOCK), torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match="block_causal, blocks of 4") as refused:
+        denoiser.predict(tokens_BL, tokens_BL == 0)
+    assert "dlmconvert sample" in refused.value.next_step
 
 
 @torch.no_grad()
@@ -53,7 +61,7 @@ def two_stream_logits(denoiser, x_t: list[int], x_0: list[int], pattern: str) ->
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("pattern", BLOCK_PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("alignment", ["shift", "in_place"])
 @pytest.mark.parametrize("cache", ["block", "none"])
 def test_every_state_of_the_decoder_is_a_state_of_training(family, pattern, alignment, cache):

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from dlmconvert.sampling.api import configured, diffusion_generate
+from dlmconvert.sampling.api import configured, diffusion_generate, infill
 
 PROMPT = torch.tensor([[3, 4, 5]])
 PADDED = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
@@ -53,6 +53,22 @@ def test_what_is_streamed_is_what_is_returned(how):
     assert streamed == (expected[: expected.index(1) + 1] if "eos_token_id" in how else expected)
     if how == {"alg": "left_to_right"}:
         assert len(streamer.values) == 1 + 8, "one token a step, each told at once"
+
+
+@pytest.mark.parametrize("how", [{"alg": "left_to_right"}, {"alg": "random"}, {"alg": "entropy", "steps": 2}, {"revision": "remdm", "steps": 4}], ids=str)
+def test_gaps_are_streamed_with_the_text_between_them(how):
+    for row in ([3, 4, None, None, 5, None, 6], [3, None, None], [3, (1, 2), 5]):
+        streamer = Keeper()
+        (filled,) = infill(HashPredictor(), [row], streamer=streamer, seed=2, **how)
+        assert filled == infill(HashPredictor(), [row], seed=2, **how)[0], "a streamer changes nothing"
+        first = next(place for place, token in enumerate(row) if not isinstance(token, int))
+        assert streamer.ended == 1 and streamer.values[0].tolist() == [filled[:first]]
+        streamed = [value.tolist() for value in streamer.values[1:]]
+        assert sum(streamed, []) == filled[first:]
+        if how == {"alg": "left_to_right"} and row[2:3] == [None] and len(row) == 7:
+            assert [len(piece) for piece in streamed] == [1, 2, 2], "what follows a gap comes with its last token"
+    with pytest.raises(ValueError, match="one row"):
+        infill(HashPredictor(), [[3, None], [4, None]], streamer=Keeper())
 
 
 def test_a_criterion_stops_where_a_left_to_right_decoder_would():

@@ -25,7 +25,7 @@ def sees(pattern: str, query: int, key: int, origin: int, block_length: int, noi
     if clean_q:
         if not clean_k:
             return False
-        return block_k <= block_q if pattern == "block_causal" else key <= query
+        return block_k <= block_q if pattern in ("block_causal", "block_causal_noisy") else key <= query
     if clean_k:
         return True
     return block_k == block_q and (pattern != "causal_in_block" or key <= query)
@@ -44,7 +44,7 @@ def slow_block_decoder(denoiser, prompt: list[int], num_new: int, block_length: 
     """(tokens, the logits each token was taken from), greedy, most confident first, one token a forward, no cache."""
     pattern, alignment = denoiser.spec.attention, denoiser.spec.alignment
     tokens, end, used = list(prompt), len(prompt) + num_new, {}
-    origin = 0 if pattern == "block_causal" else len(prompt)
+    origin = 0 if pattern in ("block_causal", "block_causal_noisy") else len(prompt)
     while len(tokens) < end:
         start = origin + (len(tokens) - origin) // block_length * block_length
         stop = min(start + block_length, end)

@@ -11,9 +11,13 @@ from memory_stream import SETTINGS, MemoryStream, Stop, make_engine, run
 from tiny_models import denoiser, rewritten
 
 from dlmconvert.errors import SavedAndLeft, UserError
+from dlmconvert.recipe.optimization import Engine, Optimization
+from dlmconvert.runs.engines import engine_config
 from dlmconvert.training.checkpoint import CheckpointFolder
 from dlmconvert.training.deepspeed import checkpoint_tensors, leave_zero_3
-from dlmconvert.training.deepspeed_config import NO_CLIPPING, effective_stage
+from dlmconvert.training.deepspeed_config import NO_CLIPPING, effective_stage, with_bucket_for
+from dlmconvert.training.loop import accumulate
+from dlmconvert.training.ranks import Solo
 
 STEPS = dataclasses.replace(SETTINGS, micro_batch=2)  # four micro-batches a step
 NUMBERS = ("loss", "nelbo", "cross_entropy", "masked_fraction", "gradient_norm", "learning_rate")
@@ -208,3 +212,35 @@ def test_a_contradiction_names_both_values(user, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_in_float32_the_masters_are_the_weights(stage):
+    """Alone under stages 1 and 2, always under 3: neither held twice nor copied back, and the norm is still that of the gradients."""
+    engine = make_deepspeed(stage)
+    accumulate(engine, MemoryStream(), dataclasses.replace(SETTINGS, micro_batch=4), 0)
+    whole = [gradient for _, gradient in engine.gradients()]
+    expected = sum(float(gradient.double().square().sum()) for gradient in whole) ** 0.5
+    assert engine.update(1e-3) == pytest.approx(expected, rel=1e-6) and len(whole) == len(engine.parameters)
+    inner = engine._engine.optimizer
+    groups = (inner.fp32_partitioned_groups_flat, inner.fp16_partitioned_groups_flat) if stage == 3 else (inner.single_partition_of_fp32_groups, inner.bit16_groups_flat)
+    assert all(master.data_ptr() == weights.data_ptr() for master, weights in zip(*groups, strict=True))
+
+
+def test_buckets_are_no_larger_than_the_model():
+    config = deepspeed_config(2)
+    assert with_bucket_for(config, 1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert with_bucket_for(config, 10**12)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    given = deepspeed_config(2, user={"zero_optimization": {"reduce_bucket_size": 7}})
+    assert with_bucket_for(given, 1000) == given and "reduce_bucket_size" not in config["zero_optimization"]
+
+
+def test_one_process_stands_for_several():
+    """Where the loss depends on the micro-batches, as the published normaliser does, a replay must cut them as the ranks did."""
+    settings = dataclasses.replace(SETTINGS, normaliser="masked_micro_batch", micro_batch=8)
+    losses = {}
+    for name, stands_for, micro_batch in (("two ranks", 2, 8), ("by hand", 1, 4), ("one", 1, 8)):
+        engine = make_engine()
+        engine.ranks = Solo(stands_for)
+        losses[name] = accumulate(engine, MemoryStream(), dataclasses.replace(settings, micro_batch=micro_batch), 1).sums["loss"]
+    assert losses["two ranks"] == losses["by hand"] != losses["one"]
+    optimization = Optimization(rows_per_step=8, micro_batch=3)
+    assert [engine_config(Engine(), optimization, 1, "adapt", n)["gradient_accumulation_steps"] for n in (1, 2)] == [3, 4]

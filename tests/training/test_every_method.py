@@ -79,7 +79,7 @@ def prepared(name, store=None, micro_batch=ROWS, family="llama", **method):
 
 def gradient(engine, stream, settings, step, rank=0, count=1):
     engine.denoiser.zero_grad()
-    engine.ranks = SimpleNamespace(rank=rank, count=count)
+    engine.ranks = SimpleNamespace(rank=rank, count=count, stands_for=1)
     part = accumulate(engine, stream, settings, step)
     return part.sums, {name: p.grad.clone() for name, p in engine.parameters.items() if p.grad is not None}
 
@@ -107,6 +107,7 @@ EXTRAS = {
     "both comparisons": ("dream", {"objective": {"teacher_kl": 0.7, "alignment_weight": 2.0}}),
     "edits from the first step": ("seed-edit", {"corruption": {"edit_steps": 8}}),
     "noise on mask embeddings": ("nbdiff", {"corruption": {"embedding_noise": 0.3, "embedding_noise_steps": 4}}),
+    "blocks behind noised ones": ("bd3lm", {"attention": {"pattern": "block_causal_noisy", "block_length": 8}, "alignment": "shift"}),
     "gidd clamped": ("gidd", {"objective": {"weight": "gidd_clamped"}, "corruption": {"uniform_share": 0.4}}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, fails, stage_state, wor
 from memory_stream import SETTINGS, run
 from safetensors.torch import load_file
 from tiny_models import VOCAB, denoiser, rewritten
+from transformers import AutoModelForCausalLM
 
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.backbone.gated import GatedAdapters
@@ -33,8 +35,13 @@ def engine_of(family, **changes):
 
 
 def logits(model, tokens_BL, context):
+    """As a model that is used: while training, GPT-2's activation is computed in one kernel, which rounds otherwise."""
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
-        return call_model(model, tokens_BL, torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL), context).logits
+        found = call_model(model, tokens_BL, torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL), context).logits
+    model.train(was_training)
+    return found
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mixtral"])
@@ -60,8 +67,23 @@ def test_gradient_checkpointing_opens_the_same_gates(tmp_path):
     assert [line["loss"] for line in a] == pytest.approx([line["loss"] for line in b], rel=1e-5)
 
 
-def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints):
-    """Trained, fine-tuned, sampled, scored; the weights in the folder are the source's; merging formats refuse by name."""
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """Code from a model folder is loaded into this test's own folder, and forgotten with it."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    forget()
+    yield
+    forget()
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints, code_cache):
+    """Trained, scored, sampled and exported; the weights in the folder are the source's."""
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = ["adapt", tiny_checkpoints["llama"], *SMALL, "run.folder=run", "method.name=i-dlm", "train.lora={rank: 4, alpha: 8, gated: true}"]
@@ -76,5 +98,39 @@ def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints):
     loaded = load_denoiser(run_folder / "adapt/model", "cpu")
     assert any(float(p.abs().max()) > 0 for name, p in loaded.adapters.named_parameters() if name.startswith("up."))
     works("sample", run_folder / "adapt/model", "--prompt", "the", "--max-new-tokens", 4)
-    assert "no format carries the gate" in fails(2, "export", "run", *SMALL_EXPORT)
+    export_of_both_models(run_folder, loaded, tiny_checkpoints["llama"])
     assert "train the same adapters on: sft.lora={gated: true" in fails(2, "sft", "run", *SMALL_SFT)
+
+
+def export_of_both_models(run_folder: Path, trained: Denoiser, checkpoint: Path) -> None:
+    """The folder, loaded with its own code, is the source where no mask is and the trained denoiser where masks are."""
+    words = ["run.folder=run", *SMALL_EXPORT]
+    assert "verified" in works("export", "run", *words[1:]).text
+    folder = run_folder / "export/native"
+    checks = json.loads((folder / "dlmconvert.json").read_text())["checks"]
+    assert checks["logits_exact"] and "bit for bit" in checks["autoregressive_logits"]
+    assert "AutoModel" not in json.loads((folder / "config.json").read_text())["auto_map"]
+    assert "`gated.*`" in (folder / "README.md").read_text()
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    source = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()  # as it was before anything was done to it
+    source.resize_token_embeddings(exported.config.vocab_size, mean_resizing=False)  # by the mask's row, whose logit is not compared
+    mask_id, length = exported.config.mask_token_id, 12
+    tokens_BL = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), exported.as_source():
+        assert torch.equal(exported(tokens_BL).logits[..., :mask_id], source(tokens_BL).logits[..., :mask_id])
+    ours, plain = (m.generate(tokens_BL, max_new_tokens=6, eos_token_id=None, pad_token_id=0) for m in (exported, source))
+    assert torch.equal(ours, plain) and ours.shape == (2, length + 6)
+    masked_BL = torch.arange(length).expand(2, -1) >= length - 4
+    state = (tokens_BL.masked_fill(masked_BL, mask_id), torch.arange(length).expand(2, -1), masked_BL, torch.ones(2, length, length, dtype=torch.bool).tril(), length)
+    with torch.no_grad():
+        theirs, expected = (m.forward_columns(*state, None, torch.arange(length)[None], None) for m in (_predictor(exported), trained))
+        with exported.as_source():
+            ungated = exported(tokens_BL).logits[masked_BL]
+    assert torch.equal(theirs, expected) and not torch.allclose(theirs, ungated, atol=1e-3)
+    assert torch.equal(load_denoiser(folder, "cpu").adapters.mask_row, trained.adapters.mask_row), "an export is read as a trained model is"
+
+
+def _predictor(exported):
+    """The model as its own sampler sees it."""
+    (mixin,) = (kind for kind in type(exported).__mro__ if kind.__name__ == "DiffusionMixin")
+    return sys.modules[mixin.__module__]._Predictor(exported)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from tiny_models import build
 
-from dlmconvert.training.optimizer import learning_rate, make_adamw
+from dlmconvert.training.optimizer import clip, gradient_norm, learning_rate, make_adamw
 
 COMMON = {"steps": 100, "peak": 2.0, "final": 0.5, "decay_fraction": 0.2}
 
@@ -48,3 +49,27 @@ def test_only_matrices_decay(family):
     assert decayed | kept == set(names.values()) and not decayed & kept
     assert all(word not in name for name in decayed for word in ("bias", "norm", "ln_", "wte", "wpe", "embed"))
     assert all("weight" in name and ("proj" in name or "attn" in name or "mlp" in name or "lm_head" in name) for name in decayed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_all_elements(dtype):
+    """A plain float32 sum over a tensor of this size is off by a thousandth, and more in larger ones."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, generator=draw).to(dtype) for size in (10_000_001, 2 * 4096, 4096, 5, 1)] + [torch.zeros(0, dtype=dtype)]
+    expected = math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    assert float(gradient_norm(tensors)) == pytest.approx(expected, rel=1e-6)
+    assert float(gradient_norm([])) == 0
+    for value in (math.nan, math.inf):
+        tensors[0][7] = value
+        assert not math.isfinite(gradient_norm(tensors))
+
+
+def test_clipping_to_a_norm_and_to_none():
+    def parameters():
+        model = torch.nn.Linear(3, 2)
+        model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), None
+        return list(model.parameters())
+
+    clipped, left = parameters(), parameters()
+    assert float(clip(clipped, 0.5)) == pytest.approx(3 * math.sqrt(6)) == pytest.approx(float(clip(left, None)))
+    assert float(gradient_norm([clipped[0].grad])) == pytest.approx(0.5, rel=1e-5) and left[0].grad.eq(3).all()

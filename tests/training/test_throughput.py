@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from memory_stream import LENGTH, ROWS, SETTINGS, MemoryStream, make_engine
+from test_every_method import prepared
 from tiny_models import VOCAB, rewritten
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,15 +14,15 @@ from dlmconvert.training.losses import batch_loss, context_of
 from dlmconvert.training.throughput import GPU_TFLOPS, Speed, matrix_product_flops, model_flops, peak_flops
 
 
-def counted(engine):
-    """FLOPs of the matrix products of one forward and backward, and how many tokens were predicted."""
-    stream = MemoryStream()
+def counted(engine, stream=None, settings=SETTINGS, ar_weight=0.0):
+    """FLOPs of the matrix products of one forward and backward, and how many predictions were made."""
+    stream = MemoryStream() if stream is None else stream
     batch = stream.batch(1, 0, ROWS)
     in_place = {torch.ops.aten.addmm_: lambda into, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}  # which the counter does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        loss, sums = batch_loss(engine, batch, context_of(SETTINGS, 1), SETTINGS, stream.num_eligible(1), 1)
+        loss, sums = batch_loss(engine, batch, context_of(settings, 1), settings, stream.num_eligible(1), 1, ar_weight=ar_weight)
         engine.backward(loss)
-    return counter.get_total_flops(), sums["masked"]
+    return counter.get_total_flops(), sums["predicted"]
 
 
 def lora(family):
@@ -36,6 +37,16 @@ def test_flops_are_those_that_torch_counts(family, adapters, bound):
     engine = make_engine(model=model)
     flops, targets = counted(engine)
     assert model_flops(engine.model, LENGTH).of(ROWS * LENGTH, targets) == pytest.approx(flops, rel=bound)
+
+
+@pytest.mark.parametrize(("name", "ar_weight"), [("nbdiff", 1.0), ("gidd", 0.0)])
+def test_all_predictions_are_counted(name, ar_weight):
+    """Next tokens of the clean copy; under GIDD right tokens too. Of two streams' pairs a dense mask computes all four quarters, the model needs one."""
+    engine, stream, settings = prepared(name, micro_batch=ROWS)
+    engine.model.set_attn_implementation("eager")
+    flops, targets = counted(engine, stream, settings, ar_weight)
+    streams, attention = (2, model_flops(engine.model, LENGTH).per_token - model_flops(engine.model, 0).per_token) if name == "nbdiff" else (1, 0.0)
+    assert model_flops(engine.model, LENGTH, streams=streams).of(ROWS * LENGTH, targets) + 3 * ROWS * LENGTH * attention == pytest.approx(flops, rel=0.03)
 
 
 def test_what_is_not_needed_is_not_counted():
@@ -58,6 +69,8 @@ def test_speed_is_of_the_interval():
     line = speed.line(steps_left=10)
     assert line["tokens_per_second"] == 200 and line["seconds_per_step"] == 0.5 and line["seconds_left"] >= 0
     assert line["mfu"] == pytest.approx(model_flops(rewritten("llama"), LENGTH).of(200, 100) / 1e9)
+    speed.add(1.0, 100, 50, passes=2)
+    assert speed.line(0)["mfu"] == pytest.approx(model_flops(rewritten("llama"), LENGTH).of(200, 50) / 1e9)
     speed.add(1.0, 100, 50)
     assert speed.line(0) == pytest.approx({"tokens_per_second": 100, "seconds_per_step": 1.0, "seconds_left": 0.0, "mfu": line["mfu"] / 2})
     assert "mfu" not in Speed().line(3)

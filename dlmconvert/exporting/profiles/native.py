@@ -32,15 +32,14 @@ def change_config(values: dict[str, Any], family: SourceFamily) -> dict[str, Any
     """The model type is a new one: under the source's own, AutoModel would load a causal model without a word."""
     model_type = _model_type(family)
     causal = f"Dlm{family.causal_class.__name__}"
-    return values | {
-        "model_type": model_type,
-        "architectures": [causal],
-        "auto_map": {
-            "AutoConfig": f"configuration_{_module(family)}.Dlm{family.config_class.__name__}",
-            "AutoModel": f"modeling_{_module(family)}.Dlm{family.base_class.__name__}",
-            "AutoModelForCausalLM": f"modeling_{_module(family)}.{causal}",
-        },
+    auto_map = {
+        "AutoConfig": f"configuration_{_module(family)}.Dlm{family.config_class.__name__}",
+        "AutoModel": f"modeling_{_module(family)}.Dlm{family.base_class.__name__}",
+        "AutoModelForCausalLM": f"modeling_{_module(family)}.{causal}",
     }
+    if values["dlm"].get("gated_adapter"):
+        del auto_map["AutoModel"]  # adapters that act on masks only belong to the whole model; without them it would be the source
+    return values | {"model_type": model_type, "architectures": [causal], "auto_map": auto_map}
 
 
 def code_files(family: SourceFamily) -> dict[str, str]:
