@@ -20,6 +20,9 @@ UNWEIGHTED = (*AT_ONCE, "method.objective.weight=unweighted", "method.objective.
 STABLE = ("train.schedule=wsd", "train.decay_fraction=0.3")
 QUIET = ("method.corruption.count=exact", "method.corruption.noise_levels=stratified", "train.betas=[0.8,0.999]")
 
+NOISY_BLOCKS = ("method.attention.pattern=block_causal_noisy", "method.attention.block_length=16")
+AR_BLOCKS = ("method.attention.pattern=context_causal", "method.attention.block_length=16", "method.objective.ar_weight=0.5")
+
 
 def small(steps: int) -> tuple[str, ...]:
     return ("train.rows_per_step=4", "train.micro_batch=4", f"train.steps={steps}", "train.warmup_steps=100")
@@ -35,6 +38,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "+ warm-up, stable, decay": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE),
     "+ exact counts, beta 0.8": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
     "the same, half the tokens": (*small(2000), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
+    # Block models: another bound (each block behind clean text), and another kind of model.
+    "blocks of 16, noisy context": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
+    "blocks of 16, AR loss": (*small(600), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *AR_BLOCKS),
 }
 COMMON = (
     "data.row_length=128", "train.rows_per_step=16", "train.micro_batch=16", "train.warmup_steps=50", "train.schedule=cosine",

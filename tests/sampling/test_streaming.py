@@ -40,7 +40,7 @@ def hook_that_rewrites(step, x_BL, logits_BLV):
     [{"alg": alg} for alg in ("left_to_right", "random", "entropy", "first_hitting")]
     + [{"threshold": 0.2}, {"alg": "confidence", "block_length": 2}, {"alg": "random", "eos_token_id": 1}]
     + [{"alg": "left_to_right", "generation_tokens_hook_func": hook_that_rewrites}],
-    ids=str,
+    ids=lambda how: " ".join(str(getattr(value, "__name__", value)) for value in how.values()),
 )
 def test_what_is_streamed_is_what_is_returned(how):
     streamer = Keeper()
