@@ -290,6 +290,8 @@ def main() -> None:
     arguments = parsed()
     if arguments.worker:
         return work(arguments)
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     print(f"GPT-2, {arguments.layers} layers, {arguments.precision}; {arguments.rows} rows x {arguments.length} tokens, half of them masked; {arguments.steps} turns\n", flush=True)
     for name, part in PARTS.items():
         if arguments.only in (None, name):

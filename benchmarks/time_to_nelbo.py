@@ -35,12 +35,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "+ open at once": ("train.steps=333", "train.learning_rate=4e-3", *AT_ONCE),
     "+ unweighted": ("train.steps=333", "train.learning_rate=4e-3", *UNWEIGHTED),
     "+ 4 rows a step": (*small(1332), "train.learning_rate=4e-3", *UNWEIGHTED),
-    "+ warm-up, stable, decay": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE),
-    "+ exact counts, beta 0.8": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
-    "the same, half the tokens": (*small(2000), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
+    "+ warm-up stable decay": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE),
+    "+ exact counts and beta 0.8": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
+    "the same from half the tokens": (*small(2000), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
     # Block models: another bound (each block behind clean text), and another kind of model.
-    "blocks of 16, noisy context": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
-    "blocks of 16, AR loss": (*small(600), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *AR_BLOCKS),
+    "blocks of 16 (noisy context)": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
+    "the same in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
+    "blocks of 16 (AR loss)": (*small(600), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *AR_BLOCKS),
 }
 COMMON = (
     "data.row_length=128", "train.rows_per_step=16", "train.micro_batch=16", "train.warmup_steps=50", "train.schedule=cosine",
