@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is
 class OneBatch:
     """The same half-masked rows in every step: nothing but the engines is measured."""
 
-    def __init__(self, num_rows: int, length: int):
-        from train_step import half_masked_batch
+    def __init__(self, num_rows: int, length: int, vocab_size: int):
+        from train_step import full_rows
 
-        self._whole = half_masked_batch(num_rows, length)
+        self._whole = full_rows(num_rows, length, vocab_size)
 
     def batch(self, step: int, start: int, stop: int) -> Any:
         rows = slice(start, stop)
@@ -57,7 +57,7 @@ class OneBatch:
 def make(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(engine, stream, settings) of this process."""
     import torch
-    from train_step import ADAMW, CLIP_NORM, MASK_TOKEN_ID, VOCABULARY, gpt2, our_settings
+    from train_step import ADAMW, CLIP_NORM, MASK_TOKEN_ID, our_settings, random_model
 
     from dlmconvert.backbone.denoiser import Denoiser
     from dlmconvert.backbone.spec import DlmSpec
@@ -65,11 +65,12 @@ def make(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     from dlmconvert.training.ranks import Place, Ranks, Solo
 
     torch.set_num_threads(arguments.threads)
-    denoiser = Denoiser(gpt2(arguments.layers), DlmSpec(mask_token_id=MASK_TOKEN_ID, vocab_size=VOCABULARY, mask_is_word=True))
+    model = random_model("gpt2", arguments.layers)
+    denoiser = Denoiser(model, DlmSpec(mask_token_id=MASK_TOKEN_ID, vocab_size=model.config.vocab_size, mask_is_word=True))
     values = {"device": torch.device("cpu"), "precision": arguments.precision, **ADAMW}
     share = arguments.rows // arguments.count
     settings = replace(our_settings(arguments.rows), micro_batch=min(arguments.micro_batch, share))
-    stream = OneBatch(arguments.rows, arguments.length)
+    stream = OneBatch(arguments.rows, arguments.length, model.config.vocab_size)
     if arguments.engine == "single":
         return SingleDeviceEngine(denoiser, clip_norm=CLIP_NORM, **values), stream, settings
     from dlmconvert.training.deepspeed import DeepSpeedEngine
