@@ -19,7 +19,7 @@ class Lora(Section):
     target_modules: str | list[str] = "all-linear"
     """Module names, or `all-linear`: every linear layer but the output head."""
     gated: bool = False
-    """Adapters act on masks only: on text without masks the model stays the source, bit for bit (arXiv 2604.11035). They are kept beside the weights and cannot be merged or exported."""
+    """Adapters act on masks only: on text without masks the model stays the source, bit for bit (arXiv 2604.11035). They stay beside the weights, also in an export, and cannot be merged."""
 
 
 class Rates(Section):

@@ -98,7 +98,7 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
         return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, compile=engine.compile, **values), spec
     from dlmconvert.training.deepspeed import DeepSpeedEngine, built_in_parts, whole_embeddings
 
-    config = engine_config(engine, settings, context.ranks.count, job.stage, getattr(context.ranks, "stands_for", 1))
+    config = engine_config(engine, settings, context.ranks.count, job.stage, context.ranks.stands_for)
     if config["zero_optimization"]["stage"] != engine.zero_stage:
         context.reporter.say(f"  engine.zero_stage=0 with engine.precision={engine.precision} runs as stage 1: DeepSpeed's stage 0 would take another optimizer")
     denoiser, spec = trainable(context, job, built_in_parts(config, context.ranks), whole_embeddings)

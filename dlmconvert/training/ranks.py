@@ -57,6 +57,8 @@ class Ranks:
     Raises UserError when the others cannot be found.
     """
 
+    stands_for = 1  # for itself
+
     def __init__(self, place: Place, about: dict[str, Any], leave: Callable[[Outcome], None]):
         self.rank, self.count, self.local_rank = place.rank, place.count, _gpu_of(place)
         address, port = meeting_point(os.environ, place)
