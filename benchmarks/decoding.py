@@ -178,10 +178,11 @@ def checkpoint(options: argparse.Namespace) -> None:
     prompt, new, rows = (32, 64, 2) if options.smoke else (64, 512, options.texts)
     source, denoiser, texts = adapted(options, prompt + new)
     prompts_BP = torch.tensor([row[:prompt] for row in texts if len(row) >= prompt][:rows])
-    print(f"\ncheckpoint: {options.checkpoint.name} adapted, {len(prompts_BP)} rows, prompt {prompt}, {new} new tokens, blocks of 32")
-    shared = {"order": "confidence", "block_length": 32}
+    block = options.block_length
+    print(f"\ncheckpoint: {options.checkpoint.name} adapted, {len(prompts_BP)} rows, prompt {prompt}, {new} new tokens, blocks of {block}")
+    shared = {"order": "confidence", "block_length": block}
     variants: dict[str, Callable[[], Any]] = {
-        "reference, one token a forward": lambda: (straightforward(denoiser, prompts_BP, new, 32, new), new),
+        "reference, one token a forward": lambda: (straightforward(denoiser, prompts_BP, new, block, new), new),
         "ours, dual cache, one token a forward": lambda: ours(denoiser, prompts_BP, new, cache="dual", **shared),
     }
     for cache in ("prefix", "dual"):
@@ -361,6 +362,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="counted turns; before several there is one that is not counted")
     parser.add_argument("--texts", type=int, default=8, help="rows of the parts `checkpoint` and `speculation`")
     parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="new tokens of the part `blocks`")
+    parser.add_argument("--block-length", type=int, default=32, help="of every variant of the part `checkpoint`, the reference too")
     parser.add_argument("--adapt-steps", type=int, default=600, help="of 4 rows of 1024 tokens, in the part `checkpoint`")
     parser.add_argument("--adapted", type=Path, help="folder of --checkpoint converted already; the part `checkpoint` adapts it further")
     parser.add_argument("--draft-steps", type=int, default=400, help="of 8 rows of 256 tokens, in the part `speculation`")

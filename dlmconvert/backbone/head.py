@@ -14,15 +14,35 @@ import torch
 from torch import nn
 
 from dlmconvert.diffusion.fused_head import Score, linear_cross_entropy, linear_scored
+from dlmconvert.errors import EXIT_FAILED, UserError
+
+
+def compile_trunk(model: Any) -> None:
+    """torch.compile of everything before the head. The head stays as it is: it answers with the loss in chunks (`scoring`), and how many
+    hidden states it is asked for, another number at every step, is nothing that the compiled graph would see. The mask is of one shape
+    or not there at all, so a training step is compiled once or twice."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.base_model.compile()
+
+
+def check_compiler() -> None:
+    """Raises UserError where torch.compile would find no compiler at the first step."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError("engine.compile=true needs a C++ compiler", str(error), "install g++ (or set CXX), or leave engine.compile out", exit_code=EXIT_FAILED) from error
 
 
 @torch.no_grad()
 def plain_head(model: Any) -> nn.Linear | None:
     """The head when the model's logits are W h + b and nothing else, tried on two tokens; None where they are capped or scaled
-    afterwards (Gemma-2, Cohere, Granite) or the head is wrapped (adapters), and where the model is compiled."""
+    afterwards (Gemma-2, Cohere, Granite) or the head is wrapped (adapters)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or getattr(base, "_compiled_call_impl", None) is not None:
+    if type(head) is not nn.Linear:
         return None
     answers: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: answers.append(output))
@@ -30,7 +50,7 @@ def plain_head(model: Any) -> nn.Linear | None:
     try:
         tokens_BL = torch.zeros((1, 2), dtype=torch.int64, device=device)
         # The dropout of adapters draws here as well: draws that no step must miss.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
             logits = model(input_ids=tokens_BL, position_ids=torch.arange(2, device=device)[None], use_cache=False).logits
     finally:
         handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dlmconvert.errors import UserError
@@ -269,8 +269,6 @@ def _stage_shape(name: str, section: Optimization, recipe: Recipe, config: Any, 
             f"Planned with {key}={shape.max_positions}: set that"
         )
         row_length = shape.max_positions
-    if recipe.engine.compile and machine.processes == 1:
-        shape = replace(shape, has_plain_head=False)  # a compiled forward keeps its own head
     attention = recipe.method.attention
     causal = name == "pretrain" or attention.pattern == "causal"
     streams = 2 if attention.pattern in TWO_STREAMS and not causal else 1  # [noised | clean]

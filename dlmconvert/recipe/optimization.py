@@ -99,7 +99,7 @@ class Engine(Section):
     deepspeed: dict[str, Any] = {}
     """More keys for the DeepSpeed JSON, which is derived from the recipe; a key that contradicts the recipe is an error."""
     compile: bool = False
-    """torch.compile the model's forward."""
+    """torch.compile the model's forward, but for the head; not under ZeRO-3, which works around each module in Python."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=SAFE)
     """Highest TFLOP/s of one device in `precision`, for the model FLOP/s utilisation in metrics.jsonl. Empty: of known GPUs their dense number, else a matrix product is timed."""
     threads: Positive | None = Field(default=None, json_schema_extra=SAFE)
@@ -116,7 +116,7 @@ def engine_contradictions(engine: Engine):
         yield f"engine.offload_parameters={engine.offload_parameters} needs engine.zero_stage=3, not {engine.zero_stage}"
     if "nvme" in (engine.offload_optimizer, engine.offload_parameters) and engine.nvme is None:
         yield "offloading to nvme needs a folder on a fast local disk: set engine.nvme"
-    if engine.name == "deepspeed" and engine.compile:
-        yield "engine.compile=true is for engine.name=single: leave it out under deepspeed"
+    if engine.name == "deepspeed" and engine.zero_stage == 3 and engine.compile:
+        yield "engine.compile=true: ZeRO-3 gathers weights around each module, in Python, which cannot be compiled; leave it out, or set engine.zero_stage=2"
     if engine.name == "deepspeed" and engine.device == "mps":
         yield "engine.name=deepspeed runs on cuda or cpu, not on engine.device=mps"

@@ -78,6 +78,7 @@ def train_together(context: StageContext, job: TrainingJob) -> tuple[Any | None,
 
 def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
     """The engine that the recipe names, with the model to train in it, and the model's spec."""
+    from dlmconvert.backbone.head import check_compiler
     from dlmconvert.backbone.load import pick_device
     from dlmconvert.training.engine import SingleDeviceEngine
 
@@ -90,15 +91,21 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
         "weight_decay": settings.weight_decay,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "rates": settings.rates.model_dump(),
+        "compile": engine.compile,
     }
+    if engine.compile:
+        check_compiler()
     if engine.precision == "fp16" and values["device"].type == "cpu":
         context.reporter.warn("  engine.precision=fp16 is for GPUs: most CPUs are many times slower in it than in fp32 or bf16")
     if engine.name == "single":
         denoiser, spec = trainable(context, job)
-        return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, compile=engine.compile, **values), spec
+        return SingleDeviceEngine(denoiser, clip_norm=settings.clip_norm, **values), spec
     from dlmconvert.training.deepspeed import DeepSpeedEngine, built_in_parts, whole_embeddings
+    from dlmconvert.training.deepspeed_check import check_config
 
     config = engine_config(engine, settings, context.ranks.count, job.stage, context.ranks.stands_for)
+    for key in check_config(config, context.ranks):
+        context.reporter.warn(f"  engine.deepspeed.{key}: DeepSpeed knows no such key and ignores it")
     if config["zero_optimization"]["stage"] != engine.zero_stage:
         context.reporter.say(f"  engine.zero_stage=0 with engine.precision={engine.precision} runs as stage 1: DeepSpeed's stage 0 would take another optimizer")
     denoiser, spec = trainable(context, job, built_in_parts(config, context.ranks), whole_embeddings)

@@ -1,5 +1,5 @@
 """The DeepSpeed engine: the same seam as `SingleDeviceEngine`, with optimizer, gradients and weights dealt to many processes (ZeRO,
-arXiv 1910.02054). DeepSpeed is imported here and nowhere else, and only when an engine is made.
+arXiv 1910.02054). DeepSpeed is imported here and in deepspeed_check.py, and only when an engine is made.
 
 The loss of a micro-batch is its share of one sum, divided once by the global count of eligible tokens. DeepSpeed divides by the
 accumulation steps and averages over the ranks; both are undone by one factor.
@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.head import compile_trunk
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder
 from dlmconvert.training.deepspeed_config import MIN_LOSS_SCALE, NO_CLIPPING, with_bucket_for
 from dlmconvert.training.engine import enable_gradient_checkpointing, peak_resident_bytes
+from dlmconvert.training.nvme import make_checkpoints_whole
 from dlmconvert.training.optimizer import clip, make_adamw, set_learning_rate
 from dlmconvert.training.saving import host_copy
 from dlmconvert.training.zero_gradients import spare_copies
@@ -145,6 +147,7 @@ class DeepSpeedEngine:
         weight_decay: float,
         gradient_checkpointing: bool = False,
         rates: dict[str, float] | None = None,
+        compile: bool = False,
     ):
         deepspeed = load_deepspeed(ranks)
         if precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
@@ -172,11 +175,15 @@ class DeepSpeedEngine:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
         if self.zero_stage > 0:
             spare_copies(self._engine.optimizer, self.zero_stage, ranks.count)
+        if self.zero_stage == 3:
+            make_checkpoints_whole(self._engine)
         if precision == "fp16":
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop decides when to stop
         self.overflowed = False
         self._accumulation = config["gradient_accumulation_steps"]
         self._clip_norm = None if config["gradient_clipping"] == NO_CLIPPING else config["gradient_clipping"]
+        if compile:
+            compile_trunk(denoiser.model)
         self._engine.clip_fp32_gradients = lambda: None  # of stage 0: `update` has done it, by the same norm as all others
         self._backwards = 0
         self.denoiser = self._engine  # called like the Denoiser that it wraps

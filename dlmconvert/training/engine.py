@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.head import compile_trunk
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder, write_tensors
 from dlmconvert.training.deepspeed_config import INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE
 from dlmconvert.training.optimizer import clip, make_adamw, set_learning_rate
@@ -26,7 +27,7 @@ class SingleDeviceEngine:
     """One CPU, CUDA or Apple device. Weights and optimizer are float32; `bf16` and `fp16` run forward and backward under autocast,
     `fp16` with dynamic loss scaling (arXiv 1710.03740).
 
-    compile: torch.compile the model's forward (the mask and the number of targets vary, so shapes are dynamic).
+    compile: torch.compile the model but its head (`backbone.head.compile_trunk`).
     rates: see `make_adamw`.
     """
 
@@ -59,7 +60,7 @@ class SingleDeviceEngine:
         self._scaler = torch.amp.GradScaler(device.type, **scales) if precision == "fp16" else None
         self.overflowed = False
         if compile:
-            denoiser.model.compile(dynamic=True)
+            compile_trunk(denoiser.model)
 
     def autocast(self):
         if self.precision == "fp32":
