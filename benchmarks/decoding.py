@@ -185,7 +185,7 @@ def checkpoint(options: argparse.Namespace) -> None:
         "reference, one token a forward": lambda: (straightforward(denoiser, prompts_BP, new, block, new), new),
         "ours, dual cache, one token a forward": lambda: ours(denoiser, prompts_BP, new, cache="dual", **shared),
     }
-    for cache in ("prefix", "dual"):
+    for cache in options.caches.split(","):
         for tau in (0.9, 0.7):
             variants[f"ours, {cache} cache, threshold {tau}"] = lambda cache=cache, tau=tau: ours(
                 denoiser, prompts_BP, new, cache=cache, threshold=tau, **shared
@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="counted turns; before several there is one that is not counted")
     parser.add_argument("--texts", type=int, default=8, help="rows of the parts `checkpoint` and `speculation`")
     parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="new tokens of the part `blocks`")
+    parser.add_argument("--caches", default="prefix,dual", help="with thresholds, in the part `checkpoint`")
     parser.add_argument("--block-length", type=int, default=32, help="of every variant of the part `checkpoint`, the reference too")
     parser.add_argument("--adapt-steps", type=int, default=600, help="of 4 rows of 1024 tokens, in the part `checkpoint`")
     parser.add_argument("--adapted", type=Path, help="folder of --checkpoint converted already; the part `checkpoint` adapts it further")

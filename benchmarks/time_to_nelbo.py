@@ -3,7 +3,7 @@
 Each variant is an `adapt` run of its own, resumable: run the same command again after an interruption. The first one is the yardstick
 (`diffullama`); what it reaches at its end is the target of the others. Prints a table and writes a plot of the curves.
 
-    python benchmarks/time_to_nelbo.py --checkpoint MODEL --train TEXT --validation TEXT --to FOLDER [--only NAME,NAME] [--plot FILE]
+    python benchmarks/time_to_nelbo.py --checkpoint MODEL --train TEXT --validation TEXT --to FOLDER [--only NAME,NAME] [--scale 0.3] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -50,11 +50,19 @@ COMMON = (
 START = "import runpy, sys; sys.argv[0] = 'dlmconvert'; runpy.run_module('dlmconvert', run_name='__main__')"
 
 
+def scaled(words: tuple[str, ...], scale: float) -> tuple[str, ...]:
+    """The same with so many times the steps: of training, warm-up and annealing."""
+    counts = ("train.steps", "train.warmup_steps", "method.attention.anneal_steps")
+    pairs = [word.split("=", 1) for word in words]
+    return tuple(f"{key}={max(1, round(int(value) * scale)) if key in counts and value != 'null' else value}" for key, value in pairs)
+
+
 def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace) -> dict:
     """Run (or continue, or read) one variant: its curve, seconds of training without validation, tokens."""
     folder = Path(arguments.to) / "".join(c if c.isalnum() else "-" for c in name).strip("-")
     validate = f"train.validate_steps={arguments.validate_steps * (4 if words[0] == small(0)[0] else 1)}"
     common = [word for word in COMMON if word.split("=")[0] not in {w.split("=")[0] for w in words}]
+    common, words = scaled(tuple(common), arguments.scale), scaled(words, arguments.scale)
     command = [
         sys.executable, "-c", START, "adapt", arguments.checkpoint, f"data.train={arguments.train}", f"data.validation={arguments.validation}",
         *common, *words, *arguments.words, validate, f"run.folder={folder}",
@@ -82,6 +90,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--only", help="names of variants, with a comma between")
     parser.add_argument("--validate-steps", type=int, default=50)
+    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every variant, for a smaller budget")
     parser.add_argument("--plot", help="a PNG")
     parser.add_argument("words", nargs="*", help="recipe keys for all variants, key=value")
     arguments = parser.parse_args()

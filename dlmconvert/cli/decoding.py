@@ -55,6 +55,7 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str) -> Decod
     from dlmconvert.cli.console import console
     from dlmconvert.runs.folder import find_model
     from dlmconvert.sampling.api import with_defaults
+    from dlmconvert.sampling.text import end_ids
 
     location = find_model(model)
     if location.note:
@@ -63,7 +64,7 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str) -> Decod
         denoiser = load_denoiser(location.path, device=device)
         helper = load_denoiser(resolve_checkpoint(asked["helper"]), device=device, attention="causal") if asked.get("helper") else None
     settings = with_defaults(asked, with_defaults(saved_settings(location.path), _defaults_of(denoiser)))
-    settings.setdefault("eos_token_id", denoiser.tokenizer.eos_token_id)
+    settings.setdefault("eos_token_id", end_ids(denoiser.tokenizer) or None)
     return Decoder(location, denoiser, settings, helper)
 
 

@@ -56,7 +56,7 @@ def load_source(folder: Path, denoiser: Any) -> Any:
 def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path | None, num_new: int, batch: int, seed: int) -> Task:
     """The prompts of a file, else beginnings of the run's held-out rows. Raises UserError when there are none, or they are too long."""
     from dlmconvert.evaluation.benchmark import Task
-    from dlmconvert.sampling.text import encode_row
+    from dlmconvert.sampling.text import encode_row, end_ids
 
     if prompts is not None:
         texts = read_prompts(prompts)
@@ -70,8 +70,7 @@ def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path 
     longest, most = getattr(denoiser.model.config, "max_position_embeddings", None), max(len(row) for row in rows) + num_new
     if longest is not None and most > longest:
         raise UserError(f"a prompt and {num_new} new tokens are {most} tokens, the model was made for {longest}", "", "lower --new-tokens, or shorten the prompts")
-    eos = denoiser.tokenizer.eos_token_id
-    return Task(rows, num_new, batch, [] if eos is None else [eos], expected, seed)
+    return Task(rows, num_new, batch, end_ids(denoiser.tokenizer), expected, seed)
 
 
 def _held_out_prompts(location: Any) -> list[list[int]]:

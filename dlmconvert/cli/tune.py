@@ -92,6 +92,9 @@ def tune_sampler(
         return
     out(f"\nfastest within the floor {floor}: {tuned.chosen.name}, {tuned.chosen.speed:,.0f} tokens/s")
     out(f"  written to {path}" + ("" if kept is None else f" (before: {kept.name})"))
+    exports = location.run.path / "export" if location.run is not None else None
+    if exports is not None and exports.is_dir() and exports.resolve() not in path.resolve().parents:
+        reporter.warn(f"what was exported before keeps its sampler; dlmconvert export {location.run.path} --to DIR takes this one")
 
 
 def parse_floor(text: str, is_accuracy: bool) -> tuple[float, bool]:

@@ -128,7 +128,7 @@ def default_samplers(num_new: int, temperature: float, works: Callable[[dict[str
     choices += [{"revision": "p2", "steps": some[-1]}, {"revision": "wino", "block_length": block}]
     choices += [{"draft_length": length} for length in (4, 8)] + [{"helper": SOURCE_AS_HELPER, "draft_length": 16}]
     # A block model takes its exact cache and its own block length by itself.
-    choices += [{"threshold": 0.9, "cache": "block"}, {"threshold": 0.9, "cache": "none"}]
+    choices += [{"threshold": 0.9, "cache": "block"}, {"threshold": 0.9, "cache": "none"}, {"revision": "wino", "cache": "block"}]
     choices = [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
     if not works({"cache": "block"}):
         choices = [choice for choice in choices if choice.get("cache") not in ("block", "none")]
@@ -142,8 +142,10 @@ def name_of(settings: dict[str, Any]) -> str:
 
 
 def check_sampler(denoiser: Denoiser, task: Task, settings: dict[str, Any]) -> None:
-    """Raises ValueError for settings that the model cannot run."""
-    _open(denoiser, task, task.batches[0], settings)
+    """Raises ValueError for settings that the model cannot run behind each of the prompts."""
+    # How many blocks a row has depends on the length of its prompt.
+    one_of_each_length = {len(prompt): number for number, prompt in enumerate(task.prompts)}
+    _open(denoiser, task, list(one_of_each_length.values()), settings)
 
 
 class Stopped(Exception):
@@ -249,7 +251,7 @@ def mark_front(results: Sequence[Result]) -> None:
 # --- one pass
 
 
-def _open(denoiser: Denoiser, task: Task, batch: range, settings: dict[str, Any]):
+def _open(denoiser: Denoiser, task: Task, batch: Sequence[int], settings: dict[str, Any]):
     """(canvas, steps). A row's draws are keyed by the number of its prompt, so that texts do not depend on the size of the batches."""
     own = {"seed": task.seed, "eos_token_id": list(task.end_ids)}
     if settings.get("helper") is not None:

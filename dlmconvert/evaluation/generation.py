@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from dlmconvert.sampling.api import infill
-from dlmconvert.sampling.text import encode_row, parse_gaps
+from dlmconvert.sampling.text import encode_row, end_ids, parse_gaps
 
 
 def fill_gap(denoiser: Any, text: str, seed: int = 0) -> str:
     """The text of the gaps (joined with newlines when there are several), one token a forward, most confident first, temperature 0."""
     parts = parse_gaps(text)
     tokens, _ = encode_row(denoiser.tokenizer, parts)
-    eos = denoiser.tokenizer.eos_token_id
-    rows = infill(denoiser, [tokens], alg="confidence", temperature=0.0, seed=seed, eos_token_id=eos)
+    rows = infill(denoiser, [tokens], alg="confidence", temperature=0.0, seed=seed, eos_token_id=end_ids(denoiser.tokenizer))
     gaps, gap = [], []
     for before, after in zip(tokens, rows[0], strict=True):
         if before is None:

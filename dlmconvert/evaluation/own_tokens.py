@@ -3,7 +3,8 @@
     acceptance = mean of min(1, p(x_i | x_<i) / q(x_i | state))
 
 x_i drawn from q, the denoising prediction in the state in which it was filled in (one token a forward, left to right, temperature 1,
-behind the first half of a held-out row); p the same model's prediction of x_i from what stands left of it, read causally with `shift`.
+behind the first half of a held-out row; a model that was trained on blocks of masks alone drafts a block a forward, as it is used: token by
+token, the q of `causal_in_block` under `shift` is p); p the same model's prediction of x_i from what stands left of it, read causally with `shift`.
 It is what speculative decoding accepts when a model drafts for itself (arXiv 2211.17192; I-DLM, arXiv 2604.11035).
 
 Shapes: B rows, L columns of the canvas, N tokens that were filled in, V vocabulary.
@@ -55,7 +56,8 @@ def own_acceptance(
         real_BP = (segments_BP == segments_BP[:, -1:]).long()
         canvas = canvas_after_prompts(tokens_BP, real_BP, num_new, list(range(first, first + len(tokens_BP))))
         tokens_BL, q_BL = canvas.tokens_BL, torch.zeros(canvas.tokens_BL.shape, device=denoiser.device)
-        for step in denoise(denoiser, canvas, order="left_to_right", temperature=1.0, seed=seed):
+        everything = 0.0 if denoiser.spec.corruption == "all_masked" else None
+        for step in denoise(denoiser, canvas, order="left_to_right", temperature=1.0, seed=seed, threshold=everything):
             tokens_BL, q_BL = step.tokens_BL, torch.where(step.committed_BL, step.confidence_BL, q_BL)
         context = AttentionContext(open_ratio=0.0, segments_BL=canvas.segments_BL)
         # The first of a document has no predictor on the AR path; a prompt has one token at least, so none of these is.

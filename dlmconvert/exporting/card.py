@@ -126,10 +126,16 @@ def _attention_warning(spec: DlmSpec) -> str:
     return "Its attention sees both sides, so next-token decoding gives nonsense; `generate()` refuses."
 
 
+_SHOWN = (
+    "max_new_tokens", "steps", "alg", "budget", "threshold", "factor", "entropy_bound", "block_length", "cache", "draft_length", "revision",
+    "revision_strength", "initial_length", "temperature", "top_p", "top_k",
+)  # fmt: skip
+
+
 def _usage(facts: CardFacts, spec: DlmSpec, generation: dict[str, Any]) -> str:
     before, after = facts.example
     is_block = spec.attention in BLOCK_PATTERNS
-    defaults = ", ".join(f"{name}={generation[name]!r}" for name in ("steps", "max_new_tokens", "temperature", "top_p", "top_k", "alg") if name in generation)
+    defaults = ", ".join(f"{name}={generation[name]!r}" for name in _SHOWN if name in generation)
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,7 +18,6 @@ from dlmconvert.backbone.gated_files import PREFIX as GATED
 from dlmconvert.backbone.load import load_config, load_tokenizer
 from dlmconvert.backbone.rewrite import rewrite_config
 from dlmconvert.backbone.spec import DlmSpec, spec_from_config
-from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.exporting.card import CardFacts, model_card, without_local_paths
 from dlmconvert.exporting.profiles import PROFILES, Profile, find_profile
@@ -28,6 +27,7 @@ from dlmconvert.exporting.weights import SHARD_BYTES, TensorInfo, copy_tensors, 
 from dlmconvert.sampling.api import SAVED_OPTIONS
 from dlmconvert.sampling.budget import READING, check_budget
 from dlmconvert.sampling.order import ORDERS
+from dlmconvert.sampling.text import end_ids
 
 UNFINISHED = ".dlmconvert-unfinished"
 # Dream's name of an order where it has one: readers of Dream's format know these.
@@ -244,11 +244,13 @@ def generation_config(generation: dict[str, Any], spec: DlmSpec, tokenizer: Any,
         raise UserError(f"the sampler's defaults contradict each other: {error}") from error
     if any(result.get(name) is not None for name in READING):
         result["alg"] = result.get("alg") or ("entropy" if "entropy_bound" in result else ALGORITHMS["confidence"])
-    if spec.attention in BLOCK_PATTERNS:
-        result.pop("steps", None)  # a fixed number may be too few for the blocks; without one a row takes what it needs
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = getattr(config, name, None)
         result[name] = own if own is not None else getattr(tokenizer, name)
+    ends = result["eos_token_id"]
+    if ends is not None:  # with bos, where every text begins with one
+        ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *end_ids(tokenizer)]))
+        result["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if not result.get("temperature"):
         # Greedy, which is the sampler's own default: transformers warns about these keys without sampling.
         result = {name: value for name, value in result.items() if name not in ("temperature", "top_p", "top_k")}

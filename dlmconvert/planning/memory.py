@@ -151,8 +151,8 @@ def memory_of(
         casts = casts_late
     # Gradients inside one layer while it is walked back.
     working = tokens * max(3 * c * shape.feed_forward, 6 * r * shape.hidden)
-    # A tied matrix gets two gradients; any gets one more while those of earlier micro-batches are kept.
-    extra = ((1 if shape.is_tied else 0) + (1 if states.accumulated else 0)) * head_gradient
+    # Under ZeRO a tied matrix gets two gradients (on one device rows: backbone/embedding.py); any gets one more while earlier ones are kept.
+    extra = ((1 if shape.is_tied and zero is not None else 0) + (1 if states.accumulated else 0)) * head_gradient
 
     frozen = 0 if teacher == "none" else c * shape.num_base_parameters
     if teacher == "states":

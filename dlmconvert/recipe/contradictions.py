@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dlmconvert.recipe.method import Attention, Corruption
+    from dlmconvert.recipe.method import Attention, Corruption, Objective
     from dlmconvert.recipe.schema import Recipe
 
 
@@ -31,6 +31,10 @@ def method_contradictions(recipe: Recipe):
     yield from _gated_contradictions(recipe)
     if corruption.edit_share and corruption.kind not in ("masking", "all_masked"):
         yield f"method.corruption.edit_share replaces tokens beside masks: method.corruption.kind={corruption.kind} has none, or random tokens already"
+    if not corruption.edit_share and _is_set(corruption, "edit_steps"):
+        yield "method.corruption.edit_steps says when edits begin, and method.corruption.edit_share=0 makes none: set both, or neither"
+    if objective.weight != "cart" and _is_set(objective, "cart_p"):
+        yield f"method.objective.cart_p is for method.objective.weight=cart, not for {objective.weight}"
     if corruption.edit_share and attention.pattern != "bidirectional":
         yield f"method.corruption.edit_share corrects whole rows: it needs method.attention.pattern=bidirectional, not {attention.pattern}"
     if (corruption.embedding_noise > 0) != (corruption.embedding_noise_steps is not None):
@@ -39,8 +43,8 @@ def method_contradictions(recipe: Recipe):
         yield "method.corruption.embedding_noise falls on masks, and method.corruption.kind=none has none: leave it out"
     if corruption.kind in ("none", "all_masked"):
         masks = "none" if corruption.kind == "none" else "all of them"
-        for name, default in (("band", None), ("count", "bernoulli"), ("views", "single"), ("levels_per", "row"), ("half_life", None)):
-            if getattr(corruption, name) != default:
+        for name in ("noise_levels", "band", "count", "views", "levels_per", "half_life"):
+            if _is_set(corruption, name):
                 yield f"method.corruption.{name} says how tokens are masked, and method.corruption.kind={corruption.kind} masks {masks}: leave it out"
     yield from _corruption_contradictions(corruption)
     if corruption.views == "complementary":
@@ -54,21 +58,26 @@ def method_contradictions(recipe: Recipe):
         )
 
 
+def _is_set(section: Corruption | Objective, name: str) -> bool:
+    """Not what it is by default. (What a row or a file said for a choice that is made anew is gone by now: recipe/load.py.)"""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
 def _gidd_contradictions(recipe: Recipe):
     corruption, objective = recipe.method.corruption, recipe.method.objective
     weights = ("elbo", "gidd_clamped", "gidd_dynamic")
     if corruption.kind != "gidd":
         if objective.weight in weights[1:]:
             yield f"method.objective.weight={objective.weight} is for method.corruption.kind=gidd, not for {corruption.kind}"
-        if corruption.uniform_share != type(corruption).model_fields["uniform_share"].default:
+        if _is_set(corruption, "uniform_share"):
             yield f"method.corruption.uniform_share is for method.corruption.kind=gidd, not for {corruption.kind}"
         return
     if objective.weight not in weights:
         yield f"method.objective.weight={objective.weight} weighs masked tokens, and under method.corruption.kind=gidd all tokens are targets: use {', '.join(weights)}"
     if recipe.method.attention.pattern != "bidirectional":
         yield f"method.corruption.kind=gidd shows wrong tokens and needs method.attention.pattern=bidirectional, not {recipe.method.attention.pattern}"
-    for name, default in (("count", "bernoulli"), ("views", "single"), ("levels_per", "row"), ("half_life", None)):
-        if getattr(corruption, name) != default:
+    for name in ("count", "views", "levels_per", "half_life"):
+        if _is_set(corruption, name):
             yield f"method.corruption.{name} says which tokens are masked, and method.corruption.kind=gidd draws each by itself: leave it out"
 
 
@@ -77,8 +86,11 @@ def _source_contradictions(recipe: Recipe):
     for name in ("alignment_weight", "teacher_kl"):
         if not getattr(objective, name):
             continue
-        if pattern != "bidirectional":
-            yield f"method.objective.{name} compares one copy of a row with the source: it needs method.attention.pattern=bidirectional, not {pattern}"
+        if pattern in TWO_STREAMS:
+            yield (
+                f"method.objective.{name} compares one copy of a row with the source, and method.attention.pattern={pattern} reads two: it needs "
+                "bidirectional or block_causal_noisy"
+            )
         if recipe.engine.name == "deepspeed" and recipe.engine.zero_stage == 3:
             yield f"method.objective.{name} needs the frozen source whole on each rank: use engine.zero_stage=2 (or less) under DeepSpeed"
     if objective.teacher_kl and recipe.method.corruption.kind == "gidd":
@@ -132,8 +144,8 @@ def _block_contradictions(recipe: Recipe):
             yield f"method.attention.block_stages ends with blocks of {stages[-1][1]}, and method.attention.block_length is {attention.block_length}"
         elif stages[-1][0] >= recipe.train.steps:
             yield f"method.attention.block_stages begins its last stage at step {stages[-1][0]}, and train.steps={recipe.train.steps} ends before"
-    for name, default in (("levels_per", "row"), ("half_life", None)):
-        if not is_block and getattr(corruption, name) != default:
+    for name in ("levels_per", "half_life"):
+        if not is_block and _is_set(corruption, name):
             yield f"method.corruption.{name} speaks of blocks: it needs method.attention.pattern={blocks}"
     if corruption.half_life is not None:
         if corruption.count != "bernoulli" or corruption.views != "single":

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +180,39 @@ def _take_out(values: Any, location: tuple[Any, ...]) -> bool:
     return False
 
 
+LEFTOVERS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("attention.anneal", lambda anneal: anneal == "none", ("attention.anneal_steps",)),
+    ("attention.anneal", lambda anneal: anneal != "warm_up_stable_decay", ("attention.decay_steps",)),
+    ("attention.anneal", lambda anneal: anneal != "block_growth", ("attention.block_stages",)),
+    (
+        "attention.pattern", lambda pattern: pattern in ("bidirectional", "causal"),
+        ("attention.block_length", "attention.block_stages", "corruption.levels_per", "corruption.half_life"),
+    ),
+    ("corruption.kind", lambda kind: kind != "gidd", ("corruption.uniform_share",)),
+    ("corruption.kind", lambda kind: kind != "masking", tuple(f"corruption.{name}" for name in ("count", "views", "levels_per", "half_life"))),
+    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels")),
+    ("corruption.edit_share", lambda share: share == 0, ("corruption.edit_steps",)),
+    ("objective.weight", lambda weight: weight != "cart", ("objective.cart_p",)),
+)  # fmt: skip
+"""(a choice, when it makes others meaningless, which) of the `method` section."""
+
+
 def _drop_leftovers(below: Any, above: Any) -> None:
     """Take out of a method what only belonged to a choice that is made anew above it (on the command line, in the file): `anneal=none` means
     no schedule at all, not a leftover number of steps, and `pattern=bidirectional` no blocks. What is said above stays, to be refused."""
-    lower, upper = (part.get("attention") if isinstance(part, dict) else None for part in (below, above))
-    if not isinstance(lower, dict) or not isinstance(upper, dict):
-        return
-    gone = ("anneal_steps", "decay_steps", "block_stages") if upper.get("anneal") == "none" else ()
-    gone += ("block_length", "block_stages") if upper.get("pattern") in ("bidirectional", "causal") else ()
-    for name in gone:
-        if name not in upper:
-            lower.pop(name, None)
+
+    def section(method: Any, name: str) -> Any:
+        found = method.get(name) if isinstance(method, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    for key, is_meaningless, gone in LEFTOVERS:
+        part, _, name = key.partition(".")
+        if name not in section(above, part) or not is_meaningless(section(above, part)[name]):
+            continue
+        for other in gone:
+            part, _, name = other.partition(".")
+            if name not in section(above, part):
+                section(below, part).pop(name, None)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

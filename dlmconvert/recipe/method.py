@@ -17,7 +17,7 @@ class Attention(Section):
     block_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens in a block, of a block pattern: at the end of training, and in decoding."""
     anneal: Literal["none", "random", "window", "block_growth", "warm_up_stable_decay"] = "none"
-    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row. Of block patterns: `block_growth`: blocks of 1, 2, 4, ... tokens (arXiv 2512.06776), `warm_up_stable_decay`: blocks grow fourfold to the whole row, stay, and shrink to `block_length` (arXiv 2512.15745)."""
+    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row. Of block patterns: `block_growth`: blocks of 1, 2, 4, ... tokens (arXiv 2512.06776), `warm_up_stable_decay`: blocks of 1, 4, 32, 64 tokens and then the whole row, which stays, and shrinks to `block_length` by halves (arXiv 2512.15745)."""
     anneal_steps: Annotated[float, Field(gt=0)] | None = None
     """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
     decay_steps: Annotated[float, Field(gt=0)] | None = None
@@ -146,13 +146,11 @@ def doubling_stages(block_length: int, anneal_steps: int) -> tuple[tuple[int, in
 def warm_up_stable_decay_stages(
     block_length: int, row_length: int, steps: int, anneal_steps: int, decay_steps: int
 ) -> tuple[tuple[int, int], ...]:
-    """Blocks grow fourfold from 1 to the row over `anneal_steps`, stay, and halve to L' over the last `decay_steps` (LLaDA2.0, arXiv 2512.15745).
+    """1, 4, 32, 64, the row: blocks grow over `anneal_steps`, stay, and halve to L' over the last `decay_steps` (LLaDA2.0, arXiv 2512.15745).
 
     L' itself is reached in the middle of the decay, so that half of it trains the blocks that decoding will use.
     """
-    up, down = [1], [row_length]
-    while up[-1] < row_length:
-        up.append(min(4 * up[-1], row_length))
+    up, down = [*(length for length in (1, 4, 32, 64) if length < row_length), row_length], [row_length]
     while down[-1] > block_length:
         down.append(max(-(-down[-1] // 2), block_length))
     begin = steps - decay_steps

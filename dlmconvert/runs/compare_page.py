@@ -41,6 +41,7 @@ def plot_variants(comparison: dict[str, Any], path: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     from dlmconvert.training.metrics import read_metrics
 
@@ -66,6 +67,7 @@ def plot_variants(comparison: dict[str, Any], path: Path) -> Path:
     titles = (("training NELBO", "nats a token"), ("training cross-entropy", "nats a predicted token"), ("held-out NELBO", "nats a token"))
     for axis, (title, unit) in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

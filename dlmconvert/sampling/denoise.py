@@ -29,7 +29,8 @@ from .length import check_growth, daedal
 from .loop import Settings, steps_of
 from .order import ORDERS
 from .predictions import Hook
-from .revise import Reviser, check_revision, p2, polished, remdm, wino
+from .revise import POLISHING, Reviser, check_revision, p2, polished, remdm, wino
+from .shadow import ShadowReader
 from .speculate import check_speculation, speculate
 from .step import Step
 
@@ -82,7 +83,8 @@ def denoise(
         pass. It decides order, number and cache itself; temperature, filters and ends stay free.
     helper, helper_weight: adaptive parallel decoding (apd.py) with a small AR model beside a bidirectional one; draft_length positions
         a step, default 16. helper_weight: the share R of the diffusion model.
-    revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is.
+    revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is. In
+        blocks, those of the block under work.
     initial_length: DAEDAL (length.py): begin with so many masks, and let the answer grow to at most the masked positions of the row.
         block_length (32) and threshold (0.9) are its own.
     seed: the draws are a pure function of (seed, row key, step, position), whatever the batch.
@@ -124,7 +126,7 @@ def denoise(
     if helper is not None:
         _refuse_beside("the AR helper", asked, "draft_length")
         lookahead = 16 if draft_length is None else draft_length
-        _refuse_block_model(predictor, "an AR helper beside")
+        _refuse_block_model(predictor, "an AR helper")
         check_predictable(canvas, predictor.alignment)
         check_apd(canvas, lookahead, helper_weight)
         return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
@@ -140,9 +142,11 @@ def denoise(
         return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
     if revision is not None:
         strength = check_revision(revision, revision_strength, predictor)
-        _refuse_block_model(predictor, "revision")
-        allowed = {"wino": ("threshold", "block_length"), "gidd": tuple(asked), "edits": tuple(asked)}.get(revision, ("steps", "cfg_scale"))
-        _refuse_beside(f"revision {revision!r}", asked, "revision", *allowed)
+        if revision in POLISHING:
+            _refuse_block_model(predictor, f"revision {revision!r} works on a finished text and")
+        else:
+            own = ("threshold",) if revision == "wino" else ("steps", "cfg_scale")
+            _refuse_beside(f"revision {revision!r}", asked, "revision", "block_length", *own, *(("cache",) if is_block_model(predictor) else ()))
     elif revision_strength is not None:
         raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
     check_predictable(canvas, predictor.alignment)
@@ -154,12 +158,14 @@ def denoise(
         layout = model_blocks(canvas, predictor.attention, block_length, num_steps, predictor.alignment)
     else:
         layout = groups(canvas, canvas.masked_BL, block_length, num_steps)
+    forwards_each = 2 if cfg_scale > 0 else 1
     if revision in ("remdm", "p2", "wino"):
-        reader = open_reader(predictor, canvas, layout, cache="none", block_length=None, cfg_scale=cfg_scale)
-        reviser = Reviser(predictor, canvas, reader, draw, banned_ids, forwards_each=2 if cfg_scale > 0 else 1)
+        reader = open_reader(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
+        reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, end_ids, forwards_each)
         if revision == "wino":
-            return wino(reviser, layout, 0.6 if threshold is None else threshold, strength)
-        return remdm(reviser, num_steps, strength) if revision == "remdm" else p2(reviser, num_steps)
+            shadow = ShadowReader(predictor, canvas, layout, block_length if is_block_model(predictor) else None, cache == "block")
+            return wino(reviser, shadow, 0.6 if threshold is None else threshold, strength)
+        return remdm(reviser, strength) if revision == "remdm" else p2(reviser)
     steps = steps_of(
         predictor,
         canvas,
@@ -185,7 +191,7 @@ def denoise(
     if revision is None:
         return steps
     reader = open_reader(predictor, canvas, layout, cache="none", block_length=None, cfg_scale=cfg_scale)
-    reviser = Reviser(predictor, canvas, reader, draw, banned_ids, forwards_each=2 if cfg_scale > 0 else 1)
+    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, forwards_each=forwards_each)
     return polished(steps, reviser, revision, strength, end_ids)
 
 

@@ -52,7 +52,10 @@ class Growth:
 def check_growth(canvas: Canvas, initial: int, block_length: int | None, threshold: float | None, end_ids: Sequence[int]) -> Growth:
     """DAEDAL's settings. Raises ValueError without an end token, for numbers without meaning, and for text behind a gap."""
     if not end_ids:
-        raise ValueError("an answer grows by how sure its end token is, and there is none: give eos_token_id")
+        raise ValueError(
+            "an answer grows by how sure its end token is, and none may be written here: give eos_token_id, and no text behind a gap (infill"
+            " bans the end)"
+        )
     if initial < 1:
         raise ValueError(f"initial_length is {initial}; it must be at least 1")
     for row, places in enumerate(masked_places(canvas.masked_BL)):

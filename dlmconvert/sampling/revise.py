@@ -1,4 +1,4 @@
-"""Revision: tokens that have settled may change again. For bidirectional models; given tokens never change.
+"""Revision: tokens that have settled may change again; given tokens never change.
 
 | revision | a step, for each row by itself | source | strength |
 | remdm | masked tokens are revealed with probability r, settled ones masked again with probability sigma (below) | ReMDM (2503.00307) | the cap of sigma, 0.02 |
@@ -17,10 +17,12 @@ so that the expected share of settled tokens stays alpha_s, as in training; at t
 visible token. `gidd` and `edits` read the model's opinion of visible tokens and refuse models that were not trained for it. They
 first fill the canvas as the other settings say (loop.py), and then polish it.
 
-WINO asks a second time in the same forward: behind the canvas stands a shadow of the block, masks at the same positions, each of
-which sees everything but the token whose place it holds. Under `shift` the shadow of token i holds the place of i-1, whose hidden
-state predicts it. Released settings are kept: at most clamp(0.7 n, 5, 20) tokens settle a step, none is doubted in a step that
-settles one, and fewer are masked again than settled in the step before, so that every block ends.
+In blocks (a block model's own, or those that a bidirectional one is given) `remdm`, `p2` and `wino` run in one part of the row after
+the other (blocks.py), n and S being those of the part. What stands in earlier parts is final: in a block model its keys are stored, and
+all that came after was read from them. A row ends with the part that holds its end token.
+
+WINO asks a second time in the same forward (shadow.py). Released settings are kept: at most clamp(0.7 n, 5, 20) tokens settle a step,
+none is doubted in a step that settles one, and fewer are masked again than settled in the step before, so that every block ends.
 
 Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
 """
@@ -28,7 +30,8 @@ Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +43,7 @@ from .draw import draw_tokens
 from .filters import ban
 from .order import best, confidence
 from .predictions import places
+from .shadow import ShadowReader
 from .step import Step
 
 REVISIONS = {"remdm": 0.02, "p2": None, "wino": 0.9, "gidd": 0.1, "edits": 0.9}  # name -> default strength
@@ -68,31 +72,64 @@ def check_revision(revision: str, strength: float | None, predictor: Predictor) 
     return default if strength is None else strength
 
 
+class Now(NamedTuple):
+    """Where the rows stand at a step of `remdm` or `p2`. part_BL: positions of each row's part, none when the row is done. n_B: how many
+    they are. step_B: steps since the part began. num_steps_B: steps of the part."""
+
+    part_BL: torch.Tensor
+    n_B: torch.Tensor
+    step_B: torch.Tensor
+    num_steps_B: torch.Tensor
+
+
 @dataclass
 class Reviser:
-    """What all revisions need: who answers, how tokens are drawn, and the state. draw: arguments of draw_tokens."""
+    """What all revisions need: who answers, how tokens are drawn, and the state. draw: arguments of draw_tokens. end_ids: a row is
+    done with the part that holds one of these."""
 
     predictor: Predictor
     canvas: Canvas
+    layout: Layout
     reader: Reader
     draw: dict
     banned_ids: Sequence[int]
+    end_ids: Sequence[int] = ()
     forwards_each: int = 1  # with guidance, 2
     nfe: int = 0
+    parts: list[int] = field(default_factory=list)  # the part of each row
 
     def __post_init__(self):
         self.open_BL = self.canvas.masked_BL  # positions that the sampler fills, and may change
         self.keys_BL = self.canvas.row_keys_B[:, None].expand(self.open_BL.shape)
         self.masked_BL = self.open_BL.clone()
         self.tokens_BL = self.canvas.tokens_BL.masked_fill(self.open_BL, self.predictor.mask_token_id)
+        self.has_ended_B = torch.zeros_like(self.canvas.row_keys_B, dtype=torch.bool)
+        self.parts = [0] * len(self.has_ended_B)
+        self.last_steps_BK = self.layout.steps_BK.cumsum(dim=1)  # the step at which each part is over
 
-    def ask(self, wanted_BL: torch.Tensor, step: int, **draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number."""
-        counts = wanted_BL.sum(dim=1).tolist()
+    @property
+    def num_steps(self) -> int:
+        return int(self.last_steps_BK.max())
+
+    def now(self, step: int) -> Now:
+        """Every part takes its share of the row's steps, so where a row stands depends on the step alone."""
+        part_B = (step >= self.last_steps_BK).sum(dim=1)
+        self.parts = part_B.tolist()
+        part_BL = self.open_BL & (self.layout.number_BL == part_B[:, None]) & ~self.has_ended_B[:, None]
+        at_B1 = part_B.clamp(max=self.last_steps_BK.shape[1] - 1)[:, None]
+        num_steps_B = self.layout.steps_BK.gather(1, at_B1)[:, 0].clamp(min=1)
+        step_B = step - self.last_steps_BK.gather(1, at_B1)[:, 0] + num_steps_B
+        return Now(part_BL, part_BL.sum(dim=1), step_B, num_steps_B)
+
+    def ask(self, wanted_BL: torch.Tensor, step: int, live_BL: torch.Tensor | None = None, **draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number.
+
+        live_BL: the positions of each row's part; default the wanted ones. A row without any is done."""
+        counts, alive = torch.stack([wanted_BL.sum(dim=1), (wanted_BL if live_BL is None else live_BL).sum(dim=1)]).tolist()
         if not any(counts):
             return None
         flat_N = places(wanted_BL, sum(counts))
-        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, [0] * len(counts), [n > 0 for n in counts]))
+        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, self.parts, [n > 0 for n in alive]))
         self.nfe += self.forwards_each
         return self.judge(logits_NV, flat_N, step, **draw)
 
@@ -106,51 +143,67 @@ class Reviser:
         """rest_BL with `values_N` at their places."""
         return rest_BL.flatten().scatter(0, flat_N, values_N.to(rest_BL.dtype)).view(rest_BL.shape)
 
-    def settle(self, index: int, tokens_BL: torch.Tensor, masked_BL: torch.Tensor, confidence_BL: torch.Tensor) -> Step:
-        """Take the new state over; a Step in which what changed counts as committed."""
+    def settle(self, index: int, tokens_BL: torch.Tensor, masked_BL: torch.Tensor, confidence_BL: torch.Tensor, final_BL: torch.Tensor) -> Step:
+        """Take the new state over; a Step in which what changed counts as committed. final_BL: the positions of parts that are over
+        after this step; what stands right of an end token among them is given back."""
+        given_back_BL = torch.zeros_like(masked_BL)
+        if self.end_ids:
+            is_end_BL = torch.isin(tokens_BL, torch.tensor(list(self.end_ids), device=tokens_BL.device)) & final_BL
+            self.has_ended_B = self.has_ended_B | is_end_BL.any(dim=1)
+            given_back_BL = masked_BL & self.has_ended_B[:, None]
+            masked_BL = masked_BL & ~given_back_BL
         tokens_BL = tokens_BL.masked_fill(masked_BL, self.predictor.mask_token_id)
-        committed_BL = ~masked_BL & (self.masked_BL | (tokens_BL != self.tokens_BL)) & self.open_BL
+        if self.end_ids:
+            tokens_BL = tokens_BL.masked_fill(given_back_BL, self.end_ids[0])
+        committed_BL = ~masked_BL & (self.masked_BL | (tokens_BL != self.tokens_BL)) & self.open_BL & ~given_back_BL
         self.tokens_BL, self.masked_BL = tokens_BL, masked_BL
-        nothing_BL = torch.zeros_like(masked_BL)
         return Step(
-            index, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL.masked_fill(~committed_BL, 0.0), nothing_BL, self.nfe
+            index, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL.masked_fill(~committed_BL, 0.0), given_back_BL, self.nfe
         )
 
-    def steps_of_rows(self, num_steps: int | None) -> torch.Tensor:
-        """S_B: num_steps, or as many as a row has positions to fill."""
-        total_B = self.open_BL.sum(dim=1)
-        return total_B.clamp(min=1) if num_steps is None else torch.full_like(total_B, num_steps)
 
-
-def remdm(reviser: Reviser, num_steps: int | None, cap: float) -> Iterator[Step]:
-    """S steps of the reverse process with remasking; see the table above. A step that reveals nothing costs no forward."""
-    steps_B = reviser.steps_of_rows(num_steps)
-    for step in range(int(steps_B.max())):
-        t_B, s_B = ((steps_B - at).clamp(min=0).to(torch.float64) / steps_B for at in (step, step + 1))
+def remdm(reviser: Reviser, cap: float) -> Iterator[Step]:
+    """S steps a part of the reverse process with remasking; see the table above. A step that reveals nothing costs no forward."""
+    for step in range(reviser.num_steps):
+        now = reviser.now(step)
+        if not bool(now.part_BL.any()):  # every row has ended
+            return
+        t_B, s_B = ((now.num_steps_B - now.step_B - at).clamp(min=0).to(torch.float64) / now.num_steps_B for at in (0, 1))
         sigma_B = (s_B / (1 - t_B).clamp(min=1e-12)).clamp(max=min(cap, 1.0))
         sigma_B = torch.where(t_B >= 1, min(cap, 1.0), sigma_B)  # nothing has settled yet: sigma changes nothing
         reveal_B = torch.where(s_B > 0, (1 - s_B - (1 - sigma_B) * (1 - t_B)) / t_B.clamp(min=1e-12), 1.0)
         u_BL = counter_uniform(SAMPLE_ORDER, reviser.draw["seed"], reviser.keys_BL, step, reviser.canvas.positions_BL, _REMASK)
-        wanted_BL = reviser.masked_BL & (u_BL < reveal_B[:, None])
-        again_BL = reviser.open_BL & ~reviser.masked_BL & (u_BL < (sigma_B * (t_B > 0))[:, None])
-        yield _committed(reviser, step, wanted_BL, again_BL)
+        wanted_BL = now.part_BL & reviser.masked_BL & (u_BL < reveal_B[:, None])
+        again_BL = now.part_BL & ~reviser.masked_BL & (u_BL < sigma_B[:, None])
+        answer = reviser.ask(wanted_BL, step, now.part_BL)
+        tokens_BL, c_BL = reviser.tokens_BL, torch.zeros(wanted_BL.shape, device=wanted_BL.device)
+        if answer is not None:
+            log_p_NV, x_hat_N, flat_N = answer
+            tokens_BL = reviser.spread(x_hat_N, flat_N, tokens_BL)
+            c_BL = reviser.spread(confidence(log_p_NV, x_hat_N), flat_N, c_BL)
+        masked_BL = (reviser.masked_BL & ~wanted_BL) | again_BL
+        yield reviser.settle(step, tokens_BL, masked_BL, c_BL, _over(now))
 
 
-def p2(reviser: Reviser, num_steps: int | None) -> Iterator[Step]:
-    """S steps; after step j the best n - floor((1 - (j+1)/S) n) positions stand, whatever stood before."""
-    steps_B, n_B = reviser.steps_of_rows(num_steps), reviser.open_BL.sum(dim=1)
-    for step in range(int(steps_B.max())):
-        active_B = step < steps_B
-        answer = reviser.ask(reviser.open_BL & active_B[:, None], step)
+def p2(reviser: Reviser) -> Iterator[Step]:
+    """S steps a part; after step j the best n - floor((1 - (j+1)/S) n) positions of it stand, whatever stood before."""
+    for step in range(reviser.num_steps):
+        now = reviser.now(step)
+        answer = reviser.ask(now.part_BL, step)
         if answer is None:
             return
         log_p_NV, x_hat_N, flat_N = answer
         standing_N = torch.where(reviser.masked_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N])
         tokens_BL = reviser.spread(standing_N, flat_N, reviser.tokens_BL)
-        c_BL = reviser.spread(confidence(log_p_NV, standing_N), flat_N, torch.zeros(reviser.open_BL.shape, device=flat_N.device))
-        kept_B = n_B - n_B * (steps_B - step - 1).clamp(min=0) // steps_B
-        kept_BL = best(c_BL, reviser.open_BL, kept_B) | ~active_B[:, None]
-        yield reviser.settle(step, tokens_BL, reviser.open_BL & ~kept_BL, c_BL)
+        c_BL = reviser.spread(confidence(log_p_NV, standing_N), flat_N, torch.zeros(now.part_BL.shape, device=flat_N.device))
+        kept_B = now.n_B - now.n_B * (now.num_steps_B - now.step_B - 1).clamp(min=0) // now.num_steps_B
+        again_BL = now.part_BL & ~best(c_BL, now.part_BL, kept_B)
+        yield reviser.settle(step, tokens_BL, (reviser.masked_BL & ~now.part_BL) | again_BL, c_BL, _over(now))
+
+
+def _over(now: Now) -> torch.Tensor:
+    """The positions of the parts whose last step this is."""
+    return now.part_BL & (now.step_B + 1 >= now.num_steps_B)[:, None]
 
 
 def polish(reviser: Reviser, revision: str, strength: float, first_step: int, num_rounds: int) -> Iterator[Step]:
@@ -184,7 +237,7 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
         active_B = changes_BL.any(dim=1)
         if not bool(active_B.any()):
             return
-        yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL)
+        yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
 
 
 def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int]) -> Iterator[Step]:
@@ -203,25 +256,25 @@ def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: f
     yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)
 
 
-def wino(reviser: Reviser, layout: Layout, threshold: float, doubt: float) -> Iterator[Step]:
-    """Blocks from the left, each until it has no mask; see the table above."""
-    predictor, canvas = reviser.predictor, reviser.canvas
-    length, device = canvas.tokens_BL.shape[1], canvas.tokens_BL.device
-    lag = int(predictor.alignment == "shift")
-    last_B = torch.full((canvas.tokens_BL.shape[0],), 30, dtype=torch.int64, device=device)
+def wino(reviser: Reviser, shadow: ShadowReader, threshold: float, doubt: float) -> Iterator[Step]:
+    """Parts from the left, each until it has no mask; see the table above."""
+    number_BL, length = reviser.layout.number_BL, reviser.open_BL.shape[1]
+    last_B = torch.full_like(reviser.canvas.row_keys_B, 30)
     part_B, step = torch.full_like(last_B, -1), 0
     while True:
-        now_B = layout.number_BL.masked_fill(~reviser.masked_BL, length).min(dim=1).values
+        now_B = number_BL.masked_fill(~reviser.masked_BL, length).min(dim=1).values
         numbers = now_B.tolist()
         if all(number >= length for number in numbers):
             return
         last_B = torch.where(now_B == part_B, last_B, 30)
         part_B = now_B
-        block_BL = reviser.open_BL & (layout.number_BL == now_B[:, None])
-        open_BL, stands_BL = block_BL & reviser.masked_BL, block_BL & ~reviser.masked_BL
-        log_p_NV, x_hat_N, flat_N = reviser.judge(_with_shadow(reviser, open_BL, stands_BL, lag), _both(open_BL, stands_BL), step)
+        part_BL = reviser.open_BL & (number_BL == now_B[:, None])
+        open_BL, stands_BL = part_BL & reviser.masked_BL, part_BL & ~reviser.masked_BL
+        logits_NV = shadow.read(reviser.tokens_BL, open_BL, stands_BL, numbers)
+        reviser.nfe += 1
+        log_p_NV, x_hat_N, flat_N = reviser.judge(logits_NV, _both(open_BL, stands_BL), step)
         c_N = confidence(log_p_NV, torch.where(open_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N]))
-        c_BL = reviser.spread(c_N, flat_N, torch.zeros(open_BL.shape, device=device))
+        c_BL = reviser.spread(c_N, flat_N, torch.zeros(open_BL.shape, device=flat_N.device))
         tokens_BL = torch.where(open_BL, reviser.spread(x_hat_N, flat_N, reviser.tokens_BL), reviser.tokens_BL)
         most_B = (open_BL.sum(dim=1) * 7 // 10).clamp(5, 20)
         count_B = (open_BL & (c_BL > threshold)).sum(dim=1).clamp(min=1).minimum(most_B).minimum(open_BL.sum(dim=1))
@@ -229,53 +282,12 @@ def wino(reviser: Reviser, layout: Layout, threshold: float, doubt: float) -> It
         doubted_BL = stands_BL & (c_BL < doubt) & (count_B > 1)[:, None]
         doubted_BL = best(-c_BL, doubted_BL, torch.minimum(doubted_BL.sum(dim=1), (last_B - 1).clamp(min=0)))
         last_B = torch.where(now_B < length, count_B, last_B)
-        yield reviser.settle(step, torch.where(settles_BL, tokens_BL, reviser.tokens_BL), (reviser.masked_BL & ~settles_BL) | doubted_BL, c_BL)
+        masked_BL = (reviser.masked_BL & ~settles_BL) | doubted_BL
+        over_BL = part_BL & ~(part_BL & masked_BL).any(dim=1, keepdim=True)
+        yield reviser.settle(step, torch.where(settles_BL, tokens_BL, reviser.tokens_BL), masked_BL, c_BL, over_BL)
         step += 1
 
 
-def _committed(reviser: Reviser, step: int, wanted_BL: torch.Tensor, again_BL: torch.Tensor) -> Step:
-    """A step in which `wanted_BL` is revealed and `again_BL` masked."""
-    answer = reviser.ask(wanted_BL, step)
-    tokens_BL, c_BL = reviser.tokens_BL, torch.zeros(wanted_BL.shape, device=wanted_BL.device)
-    if answer is not None:
-        log_p_NV, x_hat_N, flat_N = answer
-        tokens_BL = reviser.spread(x_hat_N, flat_N, tokens_BL)
-        c_BL = reviser.spread(confidence(log_p_NV, x_hat_N), flat_N, c_BL)
-    return reviser.settle(step, tokens_BL, (reviser.masked_BL & ~wanted_BL) | again_BL, c_BL)
-
-
 def _both(open_BL: torch.Tensor, stands_BL: torch.Tensor) -> torch.Tensor:
-    """Places of the masked positions of the blocks, then of the settled ones, each row-major: the order of _with_shadow."""
+    """Places of the masked positions of the parts, then of the settled ones, each row-major: the order of ShadowReader."""
     return torch.cat([places(x_BL, int(x_BL.sum())) for x_BL in (open_BL, stands_BL)])
-
-
-def _with_shadow(reviser: Reviser, open_BL: torch.Tensor, stands_BL: torch.Tensor, lag: int) -> torch.Tensor:
-    """logits_NV of one forward of canvas and shadow: of the masked positions by the canvas, of the settled ones by the shadow.
-
-    The shadow has one column for each settled token of the block (padded to the longest row); it sees the canvas without that token,
-    and nothing of the shadow but itself.
-    """
-    predictor, canvas = reviser.predictor, reviser.canvas
-    rows, length = open_BL.shape
-    device = open_BL.device
-    num_standing_B = stands_BL.sum(dim=1)
-    width = int(num_standing_B.max())
-    held_BW = torch.sort((~stands_BL).to(torch.int8), dim=1, stable=True).indices[:, :width]  # the columns that the shadow holds
-    real_BW = torch.arange(width, device=device) < num_standing_B[:, None]
-    tokens_BQ = torch.cat([reviser.tokens_BL, torch.full_like(held_BW, predictor.mask_token_id)], dim=1)
-    shadow_positions_BW = (canvas.positions_BL.gather(1, held_BW) - lag).clamp(min=0)
-    positions_BQ = torch.cat([canvas.positions_BL, shadow_positions_BW], dim=1)
-    columns_L = torch.arange(length, device=device)
-    seen_BQQ = torch.zeros(rows, length + width, length + width, dtype=torch.bool, device=device)
-    same_BLL = True if canvas.segments_BL is None else canvas.segments_BL[:, :, None] == canvas.segments_BL[:, None, :]
-    seen_BQQ[:, :length, :length] = same_BLL
-    of_row_BL = torch.ones_like(open_BL) if canvas.segments_BL is None else canvas.segments_BL == 0
-    seen_BQQ[:, length:, :length] = of_row_BL[:, None, :] & (columns_L != held_BW[:, :, None])
-    seen_BQQ[:, length:, length:] = torch.eye(width, dtype=torch.bool, device=device)
-    reading_BL = torch.roll(open_BL, -1, dims=1) if lag else open_BL
-    kept_BQ = torch.cat([reading_BL, real_BW], dim=1)
-    columns_BQ = torch.arange(length + width, device=device)[None]
-    logits_NV = predictor.forward_columns(tokens_BQ, positions_BQ, kept_BQ, seen_BQQ, length + width, None, columns_BQ, None)
-    reviser.nfe += 1
-    of_shadow_N = kept_BQ.nonzero()[:, 1] >= length
-    return torch.cat([logits_NV[~of_shadow_N], logits_NV[of_shadow_N]])

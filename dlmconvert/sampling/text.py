@@ -55,12 +55,24 @@ def encode_row(tokenizer: Any, parts: Sequence[str | int | tuple[int, int]]) -> 
         else:
             row += _encode_inside(tokenizer, part) if row else tokenizer.encode(part, add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    if row and isinstance(row[0], int) and (bos is None or tokenizer.encode("a")[0] != bos or row[0] == bos):
+    if row and isinstance(row[0], int) and (not _begins_with_bos(tokenizer) or row[0] == bos):
         return row, 0
     start = bos if bos is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("the text starts with a gap (or is empty), and the tokenizer has neither a bos nor an eos token to start with")
     return [start, *row], 1
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """The tokens at which a text is over: eos, and bos where the tokenizer puts it in front of every text: the next one begins there,
+    and rows of such texts may hold no eos at all. Empty for a tokenizer without an eos token."""
+    if tokenizer.eos_token_id is None:
+        return []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *([tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else [])]))
+
+
+def _begins_with_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
 
 
 def _encode_inside(tokenizer: Any, text: str) -> list[int]:

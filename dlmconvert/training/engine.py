@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.embedding import add_rows_in_place
 from dlmconvert.backbone.head import compile_trunk
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder, write_tensors
 from dlmconvert.training.deepspeed_config import INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE
@@ -61,6 +62,8 @@ class SingleDeviceEngine:
         self.overflowed = False
         if compile:
             compile_trunk(denoiser.model)
+        else:
+            add_rows_in_place(denoiser.model)
 
     def autocast(self):
         if self.precision == "fp32":

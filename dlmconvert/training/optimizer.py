@@ -43,7 +43,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
 
     def kind(name: str, parameter: nn.Parameter) -> str:
         # peft keeps the trained embedding rows (the mask token's) outside of the embedding, whole.
-        if id(parameter) in embeddings or "trainable_tokens" in name:
+        if id(parameter) in embeddings or "trainable_tokens" in name or name.endswith("mask_row"):
             return "embeddings"
         if id(parameter) in heads or id(parameter) in norms:
             return "head" if id(parameter) in heads else "norm"

@@ -57,8 +57,10 @@ def model_flops(model: Any, row_length: int, *, causal: bool = False, streams: i
     attention = 12 * config.num_hidden_layers * row_length * query * (0.5 if causal else 1.0)
     language_model = model if hasattr(model, "get_output_embeddings") else model.model
     head = language_model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    per_target = 0.0 if weight is None else (6 if weight.requires_grad else 4) * float(getattr(weight, "ds_numel", weight.numel()))
+    # Around a tied matrix of which peft trains one row, `weight` would be put together here: ZeRO-3 has dealt out its parts.
+    weight = getattr(getattr(head, "original_module", head), "weight", None)
+    is_trained = head is not None and any(p.requires_grad for p in head.parameters())
+    per_target = 0.0 if weight is None else (6 if is_trained else 4) * float(getattr(weight, "ds_numel", weight.numel()))
     return ModelFlops(streams * per_token + attention, per_target)
 
 

@@ -108,6 +108,16 @@ def test_block_models_draft_and_keep_their_keys(folders, tmp_path):
     assert "cache=dual" in fails(2, *how, "cache=dual")
 
 
+def test_what_works_for_some_prompts_only_is_left_out_or_refused(folders, tmp_path):
+    # Blocks of 2 are counted from the first token of a row: 4 tokens behind 16 fill two of them, behind 5 three.
+    model = write_folder(tmp_path / "blocks", converted=True, attention="block_causal", block_length=2, alignment="in_place")
+    (tmp_path / "prompts.txt").write_text("longer than that\nab cd\n")
+    how = ("bench", model, "--prompts", tmp_path / "prompts.txt", "--new-tokens", NEW, "--repeats", 1, "--json")
+    names = [sampler["name"] for sampler in json.loads(works(*how).out)["samplers"]]
+    assert "order=confidence+steps=4" in names and "order=confidence+steps=2" not in names and "revision=wino+cache=block" in names
+    assert "2 steps are too few" in fails(2, *how, "--samplers", "steps=2")
+
+
 def test_a_helper_is_the_source_or_any_checkpoint(folders):
     how = ("bench", folders / "model", "--prompts", folders / "prompts.txt", "--new-tokens", NEW, "--repeats", 1, "--json")
     names = f"helper=source+draft_length=2,helper={folders / 'source'}+draft_length=2"

@@ -57,6 +57,8 @@ def test_the_loss_of_the_released_code(dtype):
         torch.testing.assert_close(divergence, torch.tensor(expected["is_div"], dtype=dtype).flatten(), rtol=rtol, atol=atol)
         weights = gidd.elbo_weights(z, x_0, t, mixture, inputs["mask_token_id"])
         torch.testing.assert_close(weights * (kl + divergence), torch.tensor(expected["elbo"], dtype=dtype).flatten(), rtol=rtol, atol=atol)
+        clamped = gidd.training_weights(z, x_0, t, mixture, inputs["mask_token_id"], "gidd_clamped")
+        torch.testing.assert_close(clamped * (kl + divergence), torch.tensor(expected["loss_clip_0_2"], dtype=dtype).flatten(), rtol=rtol, atol=atol)
         assert (ce > 0).all()
 
 

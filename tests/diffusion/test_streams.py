@@ -7,6 +7,7 @@ import torch
 from tiny_models import FAMILIES, build, denoiser, known_answers, rewritten
 
 from dlmconvert.backbone.rewrite import call_model
+from dlmconvert.data.loader import positions
 from dlmconvert.diffusion.attention import TWO_STREAMS, AttentionContext, allowed_matrix, realise
 from dlmconvert.diffusion.block_attention import sees_at_inference
 from dlmconvert.diffusion.likelihood import block_nelbo_draw
@@ -35,6 +36,19 @@ def test_against_the_released_implementations():
             context = AttentionContext(pattern=pattern, block_length=case["inputs"]["block"], length=length)
             expected = [[int(x) for x in row] for row in case["expected"][name]]
             assert allowed_matrix(2 * length, context)[0, 0].long().tolist() == expected
+
+
+def test_packed_documents_against_the_released_implementation():
+    """Documents of 5 and 7 tokens in blocks of 4, which begin anew with each (SDAR's mask, in the order of our rows)."""
+    for case in known_answers("03_block_diffusion_mask.json")["packed_cases"]:
+        lengths, expected = case["inputs"]["doc_lengths"], case["expected"]
+        segments_BL = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+        positions_BL = positions(segments_BL, isolated=True)
+        x_BL = torch.zeros_like(segments_BL)
+        assert two_streams(x_BL, x_BL, positions_BL)[1][0].tolist() == expected["position_ids_whole_row"]
+        context = AttentionContext(pattern="block_causal", block_length=case["inputs"]["block"], length=sum(lengths))
+        matrix = allowed_matrix(2 * sum(lengths), context.in_documents(segments_BL, positions_BL))[0, 0].long()
+        assert matrix.tolist() == expected["mask_whole_row"]
 
 
 @pytest.mark.parametrize("pattern", TWO_STREAMS)

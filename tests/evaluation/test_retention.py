@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ from command_line import SMALL, fails, works, write_corpus
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, VOCAB, build, denoiser
 
+from dlmconvert.backbone.rewrite import call_model
 from dlmconvert.backbone.spec import DlmSpec
+from dlmconvert.diffusion.attention import CAUSAL
 from dlmconvert.errors import UserError
 from dlmconvert.evaluation.nelbo import measure_likelihood
 from dlmconvert.evaluation.own_tokens import own_acceptance
@@ -181,6 +184,29 @@ def test_a_model_whose_denoising_is_its_ar_path_accepts_itself():
     found = own_acceptance(model, Rows(), num_rows=5, batch=2)
     assert found.tokens == 5 * 6 and found.acceptance == pytest.approx(1.0, abs=1e-5)
     assert own_acceptance(denoiser(build("llama")), Rows(), num_rows=5, batch=2).acceptance < 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("pattern", "alignment"), [("causal_in_block", "shift"), ("context_causal", "in_place")])
+def test_a_model_that_drafts_blocks_in_one_step_is_judged_by_its_drafts(pattern, alignment):
+    """Trained on blocks of masks alone (I-DLM, TiDAR): q of all tokens of a block from one forward. (Token by token, the first of the two would be its own AR path.)"""
+    model, rows, block = denoiser(build("llama"), alignment, pattern, block_length=3), Rows(), 3
+    model.spec = dataclasses.replace(model.spec, corruption="all_masked")
+    found = own_acceptance(model, rows, num_rows=5, batch=50)
+    ratios = []
+    for row in range(5):
+        canvas = canvas_after_prompts(rows.tokens_BL[row, : LENGTH // 2][None], None, LENGTH - LENGTH // 2, [row])
+        steps = list(denoise(model, canvas, order="left_to_right", temperature=1.0, seed=0, threshold=0.0))
+        text = steps[-1].tokens_BL[0]
+        p_LV = call_model(model.model, text[None], torch.arange(LENGTH)[None], CAUSAL).logits[0, :, : VOCAB - 1].softmax(-1)
+        places_L = torch.arange(LENGTH)
+        new_L = places_L >= LENGTH // 2
+        starts_L = new_L & (places_L % block == 0) & torch.tensor(alignment == "shift")  # read from the clean copy
+        q_NV = model.predict_blocks(text.masked_fill(new_L & ~starts_L, VOCAB - 1)[None], text[None], (new_L & ~starts_L)[None], starts_L[None], places_L[None])
+        at_N = torch.cat([places_L[new_L & ~starts_L], places_L[starts_L]])
+        q_N = q_NV[:, : VOCAB - 1].softmax(-1)[torch.arange(len(at_N)), text[at_N]]
+        ratios += (p_LV[at_N - 1, text[at_N]] / q_N).clamp(max=1.0).tolist()
+    assert found.acceptance == pytest.approx(sum(ratios) / len(ratios), rel=1e-4) and 0.1 < found.acceptance < 0.99
 
 
 @torch.no_grad()

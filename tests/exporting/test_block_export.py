@@ -38,7 +38,7 @@ def code_cache(tmp_path, monkeypatch):
 def test_a_block_model_is_verified_in_a_fresh_process(family, pattern, alignment, tmp_path, code_cache):
     spec = spec_of(family, attention=pattern, block_length=4, alignment=alignment)
     model = write_model(tmp_path / "model", family, spec)
-    generation = {"steps": 8, "max_new_tokens": 12, "temperature": 0.0, "threshold": 0.4}
+    generation = {"max_new_tokens": 12, "temperature": 0.0, "threshold": 0.4}
     report = export_folder(model, tmp_path / "out", "native", card=facts(), generation=generation, verify=family == "llama")
     saved = json.loads((report.target / "generation_config.json").read_text())
     assert saved["threshold"] == 0.4 and saved["alg"] == "maskgit_plus" and "steps" not in saved

@@ -21,6 +21,8 @@ from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, curve, steps_kept, weig
 from kills import kill_once, ranks_of
 from safetensors.torch import load_file
 
+from dlmconvert.runs.folder import RunFolder
+
 KILLED = -signal.SIGKILL
 LONG = [*SMALL, "train.weight_decay=0.1", "train.adam_eps=1e-4", "train.steps=20", "train.save_steps=5", "train.log_steps=1", "engine.name=deepspeed", "run.folder=run"]
 EVERYTHING_IN_PARTS = ["engine.zero_stage=3", "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
@@ -202,6 +204,7 @@ def test_what_cannot_be_meant_is_refused_in_one_message(zygote, straight, place,
         (["--processes", "2", "run.folder=other", "engine.deepspeed.gradient_clipping=9"], "gradient_clipping=9 contradicts 1.0"),
         (["--processes", "2", "run.folder=other", "engine.name=single"], "engine.name=single"),
         (["--processes", "2", "engine.zero_stage=3"], "engine.zero_stage: 2 -> 3"),
+        (["engine.name=single"], "add --processes 2, or --processes 1 to go on with one"),
         (["--processes", "2", "data.train=absent.jsonl", "run.folder=other"], "absent.jsonl"),
     ):
         status, text = zygote.run(place, "adapt", source, *LONG, *words)
@@ -280,9 +283,9 @@ def test_torchrun_is_recognised(straight, place, tiny_checkpoints):
 
 
 def test_adapters_on_two_processes_and_then_on_one(zygote, place, tiny_checkpoints):
-    """ZeRO-3, the mask token's row among what is trained; then a fine-tuning on two processes after an adaptation on one device."""
+    """ZeRO-3, embeddings tied, the mask token's row among what is trained; then a fine-tuning on two processes after an adaptation on one device."""
     lora = ["train.lora.rank=4", "train.adam_eps=1e-4", "train.learning_rate=1e-2"]
-    command = ["adapt", tiny_checkpoints["llama"], *SMALL, *lora, "train.log_steps=1"]
+    command = ["adapt", tiny_checkpoints["qwen2"], *SMALL, *lora, "train.log_steps=1"]
     status, text = zygote.run(place, *command, "run.folder=single")
     assert status == 0, text
     zero = [*command, "run.folder=run", "engine.name=deepspeed", *EVERYTHING_IN_PARTS]
@@ -293,7 +296,10 @@ def test_adapters_on_two_processes_and_then_on_one(zygote, place, tiny_checkpoin
     status, text = zygote.run(place, *zero)
     assert status == 0 and "continuing from the checkpoint" in text, text
     close(place / "run" / "adapt", place / "single" / "adapt")
+    training = RunFolder(place / "run")
+    training.hold()  # as one that goes on
     status, text = zygote.run(place, "export", "run", "--hf", "--checkpoint", "8", *SMALL_EXPORT)
-    assert status == 0, text
+    training.release()
+    assert status == 0 and "verified" in text, text
     status, text = zygote.run(place, "sft", "single", *SMALL_SFT, "--processes", 2)
     assert status == 0 and "2 processes: engine.name=deepspeed" in text and (place / "single" / "sft" / "model").is_dir(), text

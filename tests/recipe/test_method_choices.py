@@ -8,6 +8,7 @@ from test_recipe import refused, with_keys
 from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.load import load_recipe, validate
+from dlmconvert.recipe.method import doubling_stages, warm_up_stable_decay_stages
 
 CONTRADICTIONS = {
     "corrects twice": ["method.objective.normaliser=masked"],
@@ -54,6 +55,9 @@ CONTRADICTIONS = {
     "frozen source whole on each rank": ["method.objective.teacher_kl=1", "engine.name=deepspeed", "engine.zero_stage=3"],
     "speaks of masked tokens": ["method.name=gidd", "method.attention.anneal_steps=", "method.objective.teacher_kl=1"],
     "method.objective.cart_p": ["method.objective.cart_p=1.5"],
+    "cart_p is for method.objective.weight=cart": ["method.objective.cart_p=0.3"],
+    "edit_steps says when edits begin": ["method.corruption.edit_steps=10"],
+    "method.corruption.noise_levels says how": ["method.name=i-dlm", "method.corruption.noise_levels=stratified"],
 }
 
 
@@ -75,6 +79,13 @@ def test_contradictions(sentence):
         ["method.name=nbdiff", "method.corruption.embedding_noise=0.1", "method.corruption.embedding_noise_steps=5"],
         ["method.name=fast-dllm-v2", "method.attention.pattern=block_causal_noisy", "method.attention.anneal=block_growth", "method.attention.anneal_steps=5"],
         ["method.alignment=in_place", "method.corruption.noise_levels=antithetic", "train.rates.attention=2", "train.rates.head=0"],
+        ["method.name=bd3lm", "method.attention.anneal_steps=", "method.attention.pattern=block_causal_noisy", "method.objective.teacher_kl=1", "method.objective.alignment_weight=1"],
+        # What a row said for its own choice goes with that choice.
+        ["method.name=nemotron", "method.attention.anneal_steps=", "method.corruption.kind=all_masked", "method.objective.weight=unweighted"],
+        ["method.name=llada2", "method.attention.anneal=block_growth", "method.attention.anneal_steps=5"],
+        ["method.name=fast-dllm-v2", "method.attention.anneal_steps=", "method.attention.pattern=bidirectional"],
+        ["method.name=efficient-dlm", "method.attention.anneal_steps=", "method.attention.pattern=bidirectional"],
+        ["method.name=fast-dllm-v2", "method.attention.anneal_steps=", "method.attention.pattern=bidirectional", "method.corruption.kind=gidd", "method.objective={weight: gidd_dynamic}"],
     ],
 )
 def test_choices_that_go_together(words):
@@ -105,3 +116,21 @@ def test_a_method_with_one_choice_changed():
     assert (method.objective.weight, method.objective.cart_p, method.objective.normaliser) == ("cart", 0.3, "masked")
     assert method.attention.anneal == "window" and method.alignment == "shift"
     assert METHODS["dream"].choices["objective"]["cart_p"] == 0.1
+
+
+def test_blocks_grow_by_doubling():
+    """NBDiff: 1, 2, 4, ... 32, at its full length from step 2,499 (from 0) of 4,000; I-DLM: 1, 2, 3 in equal parts."""
+    stages = doubling_stages(32, 2500)
+    assert [length for _, length in stages] == [1, 2, 4, 8, 16, 32] and stages[0][0] == 0 and stages[-1][0] == 2499
+    assert len({b[0] - a[0] for a, b in zip(stages, stages[1:], strict=False)}) <= 2, "equally long, but for rounding"
+    assert doubling_stages(3, 301) == ((0, 1), (150, 2), (300, 3)) and doubling_stages(1, 10) == ((0, 1),)
+    assert doubling_stages(32, 1) == ((0, 32),), "of stages without a step the last counts"
+
+
+def test_blocks_grow_to_the_row_stay_and_shrink():
+    """LLaDA2.0: 1, 4, 32, 64, 4096, and 4096, 2048, ... 32; half of the decay trains the blocks of decoding."""
+    stages = warm_up_stable_decay_stages(32, 4096, steps=1000, anneal_steps=201, decay_steps=200)
+    assert stages == (
+        (0, 1), (50, 4), (100, 32), (150, 64), (200, 4096), (814, 2048), (828, 1024), (842, 512), (857, 256), (871, 128), (885, 64), (900, 32),
+    )  # fmt: skip
+    assert [length for _, length in warm_up_stable_decay_stages(8, 24, 100, 21, 20)] == [1, 4, 24, 12, 8], "rows shorter than the path"

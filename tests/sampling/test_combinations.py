@@ -38,6 +38,9 @@ def drawn(seed: int):
         how |= {"block_length": r.choice([None, 1, 6])}
         if r.random() < 0.3:
             how = {"draft_length": r.choice([1, 2, 5]), "seed": seed, "temperature": r.choice([0.0, 0.7])} | r.choice([{}, {"end_ids": ENDS}])
+    if "draft_length" not in how and r.random() < 0.25:
+        how = {name: how[name] for name in ("seed", "temperature", "top_p", "top_k", "block_length", "end_ids") if name in how}
+        how |= r.choice([{"revision": "remdm", "revision_strength": 0.3}, {"revision": "p2"}, {"revision": "p2", "cfg_scale": 0.7}, {"revision": "wino", "threshold": 0.002}])
     return _MODELS[key], rows, how
 
 

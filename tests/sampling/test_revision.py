@@ -231,8 +231,3 @@ def test_wino_is_the_slow_one_in_a_batch_as_well(family, alignment, threshold, d
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         denoise(HashPredictor(), build_canvas([[1, None]], 0), **settings)
-
-
-def test_a_block_model_is_not_revised():
-    with pytest.raises(ValueError, match="bidirectional model"):
-        denoise(denoiser_of("llama", "block_causal", "in_place", 4), build_canvas([[1, None]], 0), revision="remdm")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmconvert.sampling.text import decode_pieces, encode_row, parse_gaps, token_text
+from dlmconvert.sampling.text import decode_pieces, encode_row, end_ids, parse_gaps, token_text
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "checkpoints"
 
@@ -99,3 +99,19 @@ def test_token_text_keeps_its_space(tokenizer):
     ids = tokenizer.encode("say hello there", add_special_tokens=False)
     assert "".join(token_text(tokenizer, token) for token in ids).strip() == "say hello there"
     assert any(token_text(tokenizer, token).startswith(" ") for token in ids)
+
+
+def test_a_text_is_over_where_the_next_one_would_begin():
+    class Marked:
+        eos_token_id, bos_token_id = 7, 5
+
+        def encode(self, text, add_special_tokens=True):
+            return [self.bos_token_id, 9]
+
+    assert end_ids(Marked()) == [7, 5]
+    Marked.encode = lambda self, text, add_special_tokens=True: [9]  # bos stands nowhere
+    assert end_ids(Marked()) == [7]
+    Marked.bos_token_id = 7  # one token for both, as in GPT-2
+    assert end_ids(Marked()) == [7]
+    Marked.eos_token_id = None
+    assert end_ids(Marked()) == []

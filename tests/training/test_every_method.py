@@ -108,6 +108,9 @@ EXTRAS = {
     "edits from the first step": ("seed-edit", {"corruption": {"edit_steps": 8}}),
     "noise on mask embeddings": ("nbdiff", {"corruption": {"embedding_noise": 0.3, "embedding_noise_steps": 4}}),
     "blocks behind noised ones": ("bd3lm", {"attention": {"pattern": "block_causal_noisy", "block_length": 8}, "alignment": "shift"}),
+    "blocks behind noised ones, near the source": (
+        "bd3lm", {"attention": {"pattern": "block_causal_noisy", "block_length": 8}, "objective": {"teacher_kl": 0.7, "alignment_weight": 2.0}},
+    ),
     "gidd clamped": ("gidd", {"objective": {"weight": "gidd_clamped"}, "corruption": {"uniform_share": 0.4}}),
 }
 

@@ -61,6 +61,13 @@ def test_without_a_mask_the_model_is_the_source_to_the_last_bit(family, tmp_path
     assert torch.equal(trained[:, :5], plain[:, :5]) and not torch.allclose(trained[:, 5:], plain[:, 5:], atol=1e-3), "from the mask on"
 
 
+def test_the_masks_own_embedding_has_the_rate_of_embeddings():
+    engine = engine_of("llama", rates={"embeddings": 0.5, "mlp": 0.25})
+    rates = {id(p): group["rate"] for group in engine.optimizer.param_groups for p in group["params"]}
+    assert rates[id(engine.denoiser.adapters.mask_row)] == 0.5
+    assert {rates[id(p)] for name, p in engine.denoiser.adapters.named_parameters() if "mlp" in name} == {0.25}
+
+
 def test_gradient_checkpointing_opens_the_same_gates(tmp_path):
     short = dataclasses.replace(SETTINGS, steps=3, learning_rate=2e-2)
     (_, a), (_, b) = run(tmp_path / "a", short, engine_of("llama")), run(tmp_path / "b", short, engine_of("llama", gradient_checkpointing=True))

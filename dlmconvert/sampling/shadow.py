@@ -1,0 +1,101 @@
+"""A second opinion on tokens that stand, in the forward that predicts the masked ones: what would stand there if it were masked?
+
+Behind the columns of the canvas stands a shadow of the block, one mask for each of its settled tokens. The shadow of token i sees what
+the block's own column sees, without column i, and nothing of the shadow but itself: so it answers with p(x_i without x_i). Under
+`shift` it holds the place of i-1, whose hidden state predicts i. The canvas does not see the shadow. (WINO, arXiv 2507.18578.)
+
+A bidirectional model computes its whole row, a block model what the exact block cache computes (cache.py): the shadow's keys have slots
+behind the canvas, and are written over at the next step.
+
+Shapes: B rows of the canvas, R of them still open, L columns, C columns of a forward on the canvas, W behind it, Q = C + W, K keys, N
+positions asked for (row-major), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..diffusion.alignment import predicting_positions
+from ..diffusion.block_attention import BLOCK_PATTERNS, sees_at_inference
+from .blocks import Layout, row_lengths
+from .canvas import Canvas
+from .windows import WindowPredictor
+
+
+class ShadowReader:
+    """Who answers for canvas and shadow. block_length: of a block model's blocks. is_cached: with the exact block cache."""
+
+    def __init__(self, predictor: WindowPredictor, canvas: Canvas, layout: Layout, block_length: int | None, is_cached: bool):
+        self.predictor, self.canvas, self.layout, self.block_length = predictor, canvas, layout, block_length
+        pattern = getattr(predictor, "attention", "bidirectional")
+        self.pattern = pattern if pattern in BLOCK_PATTERNS else None
+        self.lag = int(predictor.alignment == "shift")
+        self.rows = list(range(canvas.tokens_BL.shape[0]))
+        self.ends = [begin + length for begin, length in zip(layout.begins, row_lengths(canvas), strict=True)]
+        self.num_stored = list(layout.begins)  # columns left of here are clean and stored
+        self.nowhere = canvas.tokens_BL.shape[1] + (block_length or 0)
+        self.store = predictor.new_store(len(self.rows), self.nowhere) if is_cached else None
+
+    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+        """logits_NV: of the masked positions of each row's part (open_BL) by the canvas, then of the settled ones by the shadow.
+
+        parts: the part of each row; a row with neither is done."""
+        device, length = tokens_BL.device, tokens_BL.shape[1]
+        num_standing, alive = torch.stack([stands_BL.sum(dim=1), (open_BL | stands_BL).sum(dim=1)]).tolist()
+        live = [row for row in self.rows if alive[row]]
+        if self.store is not None and live != self.rows:
+            self.store.keep_rows(torch.tensor([self.rows.index(row) for row in live], device=device))
+        self.rows = live
+        spans = [self.layout.spans[row][parts[row]] for row in live]
+        windows = [(self.layout.begins[row], self.ends[row]) for row in live]
+        if self.pattern is not None:
+            windows = [(self.num_stored[row], span.first if span.opens else span.end) for row, span in zip(live, spans, strict=True)]
+        first_R1, end_R1 = torch.tensor(windows, device=device).T[..., None]
+        begin_R1, origin_R1, noised_R1 = torch.tensor(
+            [(self.layout.begins[row], self.layout.origins[row], span.first) for row, span in zip(live, spans, strict=True)], device=device
+        ).T[..., None]
+        width = max(end - first for first, end in windows)
+        num_shadow = max(num_standing[row] for row in live)
+
+        columns_RC = first_R1 + torch.arange(width, device=device)
+        real_RC = columns_RC < end_R1
+        columns_RC = torch.minimum(columns_RC, end_R1 - 1)  # of padding queries; some column that sees a key
+        stands_RL, rows_R1 = stands_BL[live], torch.tensor(live, device=device)[:, None]
+        held_RW = torch.sort((~stands_RL).to(torch.int8), dim=1, stable=True).indices[:, :num_shadow]
+        real_RW = torch.arange(num_shadow, device=device) < stands_RL.sum(dim=1, keepdim=True)
+        place_RW = torch.where(real_RW, (held_RW - self.lag).clamp(min=0), end_R1 - 1)
+        places_RQ = torch.cat([columns_RC, place_RW], dim=1)
+
+        canvas_keys_RK = columns_RC if self.store is None else torch.arange(length, device=device).expand(len(live), -1)
+        query, key = places_RQ[:, :, None], canvas_keys_RK[:, None, :]
+        seen_RQK = (key >= begin_R1[..., None]) & (key < end_R1[..., None])
+        if self.store is None:
+            seen_RQK = seen_RQK & real_RC[:, None, :]
+        if self.pattern is not None:
+            noised, origin = noised_R1[..., None], origin_R1[..., None]
+            seen_RQK = seen_RQK & sees_at_inference(query, key, self.pattern, self.block_length, origin, noised)
+        seen_RQK = seen_RQK.expand(-1, places_RQ.shape[1], -1).clone()
+        seen_RQK[:, width:] &= (key != held_RW[:, :, None]) | ~real_RW[:, :, None]
+        shadow_RQW = seen_RQK.new_zeros(len(live), places_RQ.shape[1], num_shadow)
+        shadow_RQW[:, width:] = torch.eye(num_shadow, dtype=torch.bool, device=device)
+
+        reading_BL = predicting_positions(open_BL, self.predictor.alignment)
+        masks_RW = torch.full_like(held_RW, self.predictor.mask_token_id)
+        slots_RC = columns_RC.masked_fill(~real_RC, self.nowhere)
+        slots_RW = (length + torch.arange(num_shadow, device=device)).expand(len(live), -1).masked_fill(~real_RW, self.nowhere)
+        kept_RQ = torch.cat([reading_BL[rows_R1, columns_RC] & real_RC, real_RW], dim=1)
+        logits_NV = self.predictor.forward_columns(
+            torch.cat([tokens_BL[rows_R1, columns_RC], masks_RW], dim=1),
+            self.canvas.positions_BL[rows_R1, places_RQ],
+            kept_RQ,
+            torch.cat([seen_RQK, shadow_RQW], dim=2),
+            seen_RQK.shape[2] + num_shadow,
+            self.store,
+            torch.cat([slots_RC, slots_RW], dim=1),
+            None,
+        )
+        if self.store is not None:
+            for row, span in zip(live, spans, strict=True):
+                self.num_stored[row] = span.first
+        of_shadow_N = kept_RQ.nonzero()[:, 1] >= width
+        return torch.cat([logits_NV[~of_shadow_N], logits_NV[of_shadow_N]])
