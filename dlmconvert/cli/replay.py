@@ -13,16 +13,19 @@ SHOWN_ROWS = 8
 def replay(
     run: Annotated[str, typer.Argument(help="Run folder or name.")],
     step: Annotated[int, typer.Argument(min=1, help="The step, as metrics.jsonl and messages number it (from 1).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Where it runs: engine.device, engine.offload_optimizer, engine.offload_parameters, engine.nvme, engine.threads.")] = None,
     stage: Annotated[str | None, typer.Option("--stage", help="pretrain, adapt or sft (default: the one that was trained last).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Everything that was found, for scripts.")] = False,
 ) -> None:
     """Run one training step alone, from the checkpoint before it: losses of its rows, gradients of its layers, where it breaks."""
     from dlmconvert.cli.console import ConsoleReporter, console, out
     from dlmconvert.runs.folder import find_run
-    from dlmconvert.runs.replay import replay_step
+    from dlmconvert.runs.replay import check_place_words, replay_step
+    from dlmconvert.runs.runner import with_overrides
 
     folder, _ = find_run(run)
-    recipe = folder.recipe()
+    check_place_words(overrides or [])
+    recipe = with_overrides(folder, overrides or [])
     if recipe.engine.compile:  # what looks into the modules would be compiled away
         recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"compile": False})})
     console.print(f"run folder {folder.path} (nothing in it is changed)")

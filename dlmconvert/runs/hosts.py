@@ -66,6 +66,9 @@ def share_of_node(environment: Mapping[str, str], place: Place | None, processes
     slurm = slurm_node(environment)
     one_a_node = slurm is not None and slurm[1] == nodes and (processes or nodes) > nodes
     if place is not None and place.count > 1 and not one_a_node:
+        if node_rank is not None or master is not None:
+            flag = "--node-rank" if node_rank is not None else "--master"
+            raise UserError(f"{flag}, but a launcher has started {place.count} processes already", "it says itself which machine is which", f"leave {flag} out")
         return None
     if node_rank is None and one_a_node:
         assert slurm is not None

@@ -15,6 +15,7 @@ from dlmconvert.runs.stage import Reporter, StageContext, StopFlag
 if TYPE_CHECKING:
     from dlmconvert.training.inspection import Inspected
 
+PLACE_KEYS = ("engine.device", "engine.offload_optimizer", "engine.offload_parameters", "engine.nvme", "engine.threads")
 TRAINING_STAGES = ("pretrain", "adapt", "sft")
 
 
@@ -37,6 +38,15 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
     In one process, which takes the micro-batches of all those that the run had when it was last started: the numbers are equal but for the
     order of additions. Nothing is written into the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
     """
+    if recipe.engine.nvme is None:
+        return _replay(run, recipe, step, stage, reporter)
+    disk = Path(recipe.engine.nvme).expanduser()
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="replay-", dir=disk) as own:  # the run's own files there may be in use
+        return _replay(run, recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"nvme": own})}), step, stage, reporter)
+
+
+def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter) -> Replay:
     from dlmconvert.runs.models import band_search, batch_stream, loop_settings_of
     from dlmconvert.runs.stages import JOBS
     from dlmconvert.runs.training import changed_inputs, make_engine
@@ -79,6 +89,13 @@ def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, re
                 stream.band = found["band_low"], found["band_high"]
             bar.advance(1)
     return Replay(stage, step, begun, inspect_step(engine, stream, settings, step - 1, balance))
+
+
+def check_place_words(words: list[str]) -> None:
+    """Raise UserError for a key that is not about where a step is run: another value would make it another step."""
+    other = [word for word in words if word.partition("=")[0] not in PLACE_KEYS]
+    if other:
+        raise UserError(f"{other[0]}: not on replay, which runs the step as it was", f"what may be set: {', '.join(PLACE_KEYS)}", "")
 
 
 def chosen_stage(run: RunFolder, name: str | None) -> str:

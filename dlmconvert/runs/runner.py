@@ -87,7 +87,8 @@ def with_overrides(run: RunFolder, overrides: list[str]) -> Recipe:
 
 def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
     """Raise UserError with a diff when a key that a started stage has read has another value now."""
-    lines = []
+    lines: list[str] = []
+    engines: list[str] = []
     also = [stage for stage in STAGES.values() if stage not in stages]  # a later stage that has started: its keys may have been set here
     only_export = True
     for stage in [*stages, *also]:
@@ -100,7 +101,15 @@ def refuse_drift(run: RunFolder, recipe: Recipe, stages: list[Stage]) -> None:
                 continue  # a later stage may run on another engine
             if recorded.get(key) != now.get(key) and not _is_new_default(key, recorded, now):
                 lines.append(f"  {key}: {_show(recorded.get(key))} -> {_show(now.get(key))}   (read by {stage.name})")
+                engines += [stage.name] if key == "engine.name" and now.get(key) == "single" else []
                 only_export = only_export and stage.name == "export"
+    if engines and len(lines) == len(engines):  # nobody typed an engine: --processes did, and is missing now
+        ranks = run.stage_state(engines[0]).get("process", {}).get("ranks", 1)
+        raise UserError(
+            f"{run.path} was begun under DeepSpeed ({engines[0]}, last in {ranks} process{'es' if ranks > 1 else ''}), this would train on a single device",
+            "",
+            f"add --processes {ranks}" + (", or --processes 1 to go on with one" if ranks > 1 else ""),
+        )
     if lines:
         raise UserError(
             f"{run.path} was started with other values:",

@@ -73,7 +73,15 @@ def train_together(context: StageContext, job: TrainingJob) -> tuple[Any | None,
     engine, spec = make_engine(context, job)
     context.reporter.say(_describe(engine, job, spec))
     _loop(context, job, engine)
-    return engine.plain(lambda: trainable(context, job)[0]), spec
+    denoiser = engine.plain(lambda: trainable(context, job)[0])
+    if context.recipe.engine.nvme is not None:  # every rank is past its last step
+        shutil.rmtree(swap_folder(context.run, context.recipe.engine.nvme), ignore_errors=True)
+    return denoiser, spec
+
+
+def swap_folder(run: RunFolder, nvme: str) -> Path:
+    """This run's part of `engine.nvme`: two runs would write over each other's files, which DeepSpeed names by the rank alone."""
+    return Path(nvme).expanduser() / f"{run.name}-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:8]}"
 
 
 def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
@@ -103,6 +111,8 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
     from dlmconvert.training.deepspeed import DeepSpeedEngine, built_in_parts, whole_embeddings
     from dlmconvert.training.deepspeed_check import check_config
 
+    if engine.nvme is not None:
+        engine = engine.model_copy(update={"nvme": str(swap_folder(context.run, engine.nvme))})
     config = engine_config(engine, settings, context.ranks.count, job.stage, context.ranks.stands_for)
     for key in check_config(config, context.ranks):
         context.reporter.warn(f"  engine.deepspeed.{key}: DeepSpeed knows no such key and ignores it")

@@ -134,13 +134,16 @@ class CheckpointFolder:
     def newest_whole(self, before: int | None = None) -> int | None:
         """The newest checkpoint (of a step below `before`) whose files are what COMPLETE says; damaged ones are passed over with a
         warning."""
-        for step in reversed([step for step in self.steps() if before is None or step < before]):
+        left = [step for step in self.steps() if (before is None or step < before) and step not in self._damaged]
+        while left:
+            step = left.pop()
             damage = None if step in self._checked else self.damage(step)
             if damage is None:
                 self._checked.add(step)
                 return step
             self._damaged.add(step)
-            self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): falling back to the one before it")
+            instead = "falling back to the one before it" if left else "there is none before it, so this starts from the beginning"
+            self.warn(f"checkpoint {self.path(step).name} is damaged ({damage}): {instead}")
         return None
 
     def load(self, step: int) -> Checkpoint:

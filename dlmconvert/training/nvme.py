@@ -1,8 +1,9 @@
-"""Checkpoints of an optimizer that lies on NVMe (`engine.offload_optimizer=nvme`).
+"""Checkpoints of an optimizer or of weights that lie on NVMe (`engine.offload_optimizer=nvme`, `engine.offload_parameters=nvme`).
 
-DeepSpeed 0.19 copies its swap files into a checkpoint and back, and nothing else: what is too small for NVMe, AdamW's step counters and
-the weights stay those of a fresh model, so that a resumed run silently trains on something else. Here the files of a checkpoint are
-whole, as without offloading, and are read back part by part: bit for bit, and through the universal form on another number of processes.
+DeepSpeed 0.19 copies the optimizer's swap files into a checkpoint and back, and nothing else: what is too small for NVMe, AdamW's step
+counters and the weights stay those of a fresh model, so that a resumed run silently trains on something else. Here the files of a
+checkpoint are whole, as without offloading, and are read back part by part: bit for bit, and through the universal form on another
+number of processes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _STATES = "optimizer_state_dict", "fp32_flat_groups"  # DeepSpeed's keys: moment
 
 
 def make_checkpoints_whole(engine: Any) -> None:
-    """engine: DeepSpeed's, under ZeRO-3; nothing happens unless its optimizer lies on NVMe. Replaces methods of these two objects only."""
-    if not engine.zero_nvme_offload_optimizer():
-        return
+    """engine: DeepSpeed's, under ZeRO-3; nothing happens unless something lies on NVMe. Replaces methods of it and of its optimizer only."""
     optimizer = engine.optimizer
+    if not optimizer.swap_optimizer and not optimizer.params_in_nvme_and_cpu:
+        return
     whole, parts = type(optimizer)._rigid_state_dict, len(optimizer.fp16_groups)
     # The moments are numbered group after group, which is the order of the parts only where there is one group.
     order = sorted(range(parts), key=lambda part: optimizer.sub_group_to_group_id[part])
@@ -77,7 +78,8 @@ def _swapped_in(optimizer: Any, part: int) -> Iterator[bool]:
 
 def _take_up(optimizer: Any, saved: Iterator[dict[str, Any]]) -> None:
     """Masters, moments and weights of every part. saved: of a part, `fp32` and what AdamW keeps."""
-    optimizer.optimizer_swapper.purge_state()
+    if optimizer.swap_optimizer:
+        optimizer.optimizer_swapper.purge_state()
     optimizer._partition_all_parameters()
     for part, values in enumerate(saved):
         with _swapped_in(optimizer, part):

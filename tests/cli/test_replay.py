@@ -80,4 +80,8 @@ def test_a_step_of_a_deepspeed_run(stage, place, tiny_checkpoints, torch_as_it_w
     told = json.loads(works("replay", "run", 8, "--json").out)
     assert told["begun"] == 6 and told["found"]["loss"] == pytest.approx(lines[7]["loss"], rel=1e-6)
     assert told["found"]["gradient_norm"] == pytest.approx(lines[7]["gradient_norm"], rel=1e-4)
+    if stage == 3:  # what does not fit into one GPU
+        told = json.loads(works("replay", "run", 8, "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu", "--json").out)
+        assert told["found"]["loss"] == pytest.approx(lines[7]["loss"], rel=1e-6)
+        assert "not on replay, which runs the step as it was" in fails(2, "replay", "run", 8, "train.learning_rate=1")
     assert contents(RUN) == before

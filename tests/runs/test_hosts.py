@@ -89,6 +89,8 @@ def test_the_share_of_a_numbered_node():
     assert share_of_node(SLURM, Place(1, 2, 0), 16, 2, None, None) == Share(8, 8, 16, "n4", 29500)  # srun with one task a node
     assert share_of_node(SLURM, Place(1, 2, 0), 2, 2, None, None) is None  # srun with one task a GPU
     assert share_of_node({}, Place(3, 16, 3), 16, 2, None, None) is None  # torchrun
+    with pytest.raises(UserError, match="--node-rank, but a launcher has started 16 processes already"):
+        share_of_node({}, Place(3, 16, 3), 16, 2, 1, "gpu1:700")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ def test_a_damaged_checkpoint_is_written_anew_and_never_pushes_out_a_whole_one(s
     assert store.steps() == [7, 10] and store.damage(10) is None and equal(store.load_newest(), make(10))
 
 
+def test_when_all_are_damaged_it_is_said_once_what_happens(store):
+    for step in (5, 10):
+        truncate(save(store, make(step)))
+    assert store.newest_whole() is None and store.newest_whole() is None
+    first, second = store.warnings
+    assert "step-000010 is damaged" in first and first.endswith("falling back to the one before it")
+    assert "step-000005 is damaged" in second and second.endswith("so this starts from the beginning")
+
+
 def test_a_damaged_checkpoint_is_replaced_by_the_same_step(store):
     save(store, make(5))
     save(store, make(10))
