@@ -174,13 +174,15 @@ def test_a_signal_outside_the_training_loop_leaves_at_once(zygote, straight, pla
 
 
 def test_two_processes_cannot_hold_one_run(zygote, place, tiny_checkpoints):
-    command = ["adapt", tiny_checkpoints["gpt2"], *SMALL, "train.steps=100000", "run.folder=runs/one"]
+    command = ["adapt", tiny_checkpoints["gpt2"], *SMALL, "train.steps=100000", "train.save_steps=20", "train.keep_checkpoints=100000", "run.folder=runs/one"]
     run = place / "runs" / "one"
     child = zygote.start(place, *command)
-    child.wait_for(lambda: (run / "adapt" / "metrics.jsonl").exists())
-    for words in (command, ["sft", run, *SMALL_SFT], ["export", run, "--to", "out", "--checkpoint", "3"]):
+    child.wait_for(lambda: (run / "adapt" / "checkpoints" / "step-000020" / "COMPLETE").exists())
+    for words in (command, ["sft", run, *SMALL_SFT], ["export", run, "--to", "out"]):
         status, text = zygote.run(place, *words)
         assert status == 1 and f"is in use by process {child.pid}" in text and "error:" in text, text
+    status, text = zygote.run(place, "export", run, *SMALL_EXPORT, "--to", "early", "--checkpoint", "20")
+    assert status == 0 and (place / "early" / "model.safetensors").is_file(), text  # nothing in the run is written for it
     status, text = zygote.run(place, "status")
     assert status == 0 and f"held by process {child.pid}" in text and "running" in text and " left  last line " in text
     assert f"process {child.pid} on " in text and "1 process" in text and "MFU" in text
