@@ -44,6 +44,7 @@ import torch  # noqa: E402
 
 import dlmconvert  # noqa: E402
 from dlmconvert.backbone.denoiser import Denoiser  # noqa: E402
+from dlmconvert.backbone.key_values import cache_argument  # noqa: E402
 from dlmconvert.backbone.load import build_model, load_denoiser  # noqa: E402
 from dlmconvert.backbone.rewrite import rewrite_config  # noqa: E402
 from dlmconvert.backbone.spec import DlmSpec  # noqa: E402
@@ -98,7 +99,7 @@ def autoregressive(model: Any, prompts_BP: torch.Tensor, num_new: int, banned: i
         length = tokens_BL.shape[1]
         positions_BQ = torch.arange(length - inputs_BQ.shape[1], length).expand_as(inputs_BQ)
         logits_BV = model(
-            input_ids=inputs_BQ, position_ids=positions_BQ, past_key_values=cache, use_cache=True, is_causal=True, logits_to_keep=1
+            input_ids=inputs_BQ, position_ids=positions_BQ, use_cache=True, is_causal=True, logits_to_keep=1, **{cache_argument(type(model)): cache}
         ).logits[:, -1]
         if banned is not None:
             logits_BV[:, banned] = float("-inf")
@@ -210,7 +211,8 @@ def adapted(options: argparse.Namespace, length: int) -> tuple[Any, Denoiser, li
         "method.attention.anneal_steps=null", "method.objective.weight=unweighted", "method.objective.normaliser=masked",
         "method.corruption.count=exact", "method.corruption.noise_levels=stratified",
     ]  # fmt: skip
-    folder = made(options, "checkpoint", options.adapted or options.checkpoint, options.corpus / "train.jsonl", steps, words, max(1024, length))
+    text = source_written(options, "checkpoint", (64,), 512) if options.written else options.corpus / "train.jsonl"
+    folder = made(options, "checkpoint", options.adapted or options.checkpoint, text, steps, words, max(1024, length))
     denoiser = load_denoiser(folder, device="cpu")
     return ar_source(options), denoiser, held_out(options, denoiser.tokenizer)
 
@@ -282,17 +284,23 @@ def drafter(options: argparse.Namespace) -> Denoiser:
     """--model, else --checkpoint trained to draft for itself: on what it writes greedily after beginnings of the training texts."""
     if options.model is not None:
         return load_denoiser(options.model, device="cpu")
-    written = options.models / "speculation" / "written.jsonl"
-    if not written.is_file():
-        written.parent.mkdir(parents=True, exist_ok=True)
-        texts = greedy_texts(options, 8 if options.smoke else 1350, (16,) if options.smoke else (16, 48, 80), 32 if options.smoke else 256)
-        written.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    written = source_written(options, "speculation", (16, 48, 80), 256)
     words = [
         f"data.row_length={64 if options.smoke else 256}", "train.rows_per_step=8", "train.micro_batch=8", "train.learning_rate=2e-3",
         "method.name=i-dlm", "method.attention.pattern=context_causal", "method.attention.block_length=4", "method.attention.anneal=none",
         "method.attention.anneal_steps=null", "method.objective.ar_weight=1.0",
     ]  # fmt: skip
     return load_denoiser(made(options, "speculation", options.checkpoint, written, 3 if options.smoke else options.draft_steps, words, 512), device="cpu")
+
+
+def source_written(options: argparse.Namespace, name: str, lengths: tuple[int, ...], new: int) -> Path:
+    """A file of what the AR source writes greedily behind beginnings of the training texts, made where --models does not hold it yet."""
+    written = options.models / name / "written.jsonl"
+    if not written.is_file():
+        written.parent.mkdir(parents=True, exist_ok=True)
+        texts = greedy_texts(options, 8 if options.smoke else 1350, (16,) if options.smoke else lengths, 32 if options.smoke else new)
+        written.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return written
 
 
 @torch.no_grad()
@@ -366,6 +374,9 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=32, help="of every variant of the part `checkpoint`, the reference too")
     parser.add_argument("--adapt-steps", type=int, default=600, help="of 4 rows of 1024 tokens, in the part `checkpoint`")
     parser.add_argument("--adapted", type=Path, help="folder of --checkpoint converted already; the part `checkpoint` adapts it further")
+    parser.add_argument(
+        "--written", action="store_true", help="in the part `checkpoint`, adapt on what the AR source writes greedily, not on the corpus itself"
+    )
     parser.add_argument("--draft-steps", type=int, default=400, help="of 8 rows of 256 tokens, in the part `speculation`")
     parser.add_argument("--checkpoint", type=Path, help="AR checkpoint, for the parts `checkpoint` and `speculation`")
     parser.add_argument("--corpus", type=Path, help="folder with train.jsonl and validation.jsonl (a field `text`), for the same parts")

@@ -12,6 +12,8 @@ Shapes: B rows of a forward, R rows of the store, Q columns of a forward, L slot
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,6 +93,17 @@ def new_store(model: torch.nn.Module, num_rows: int, num_columns: int) -> KeyVal
     return KeyValueStore(model.config.get_text_config().num_hidden_layers, num_rows, num_columns)
 
 
+@cache
+def cache_argument(family: type) -> str:
+    """What this class's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before and in older remote code."""
+    for ancestor in family.__mro__:
+        parameters = inspect.signature(ancestor.__dict__["forward"]).parameters if "forward" in ancestor.__dict__ else {}
+        for name in ("cache", "past_key_values"):
+            if name in parameters:
+                return name
+    raise ValueError(f"{family.__name__}.forward takes no cache: decode with cache 'none'")
+
+
 @torch.no_grad()
 def forward_columns(
     model: torch.nn.Module,
@@ -112,7 +125,8 @@ def forward_columns(
     cached = {"use_cache": False}
     if store is not None:
         store.place(columns_BQ, num_keys, rows_B)
-        cached = {"use_cache": True, "past_key_values": store}
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of peft's wrapper
+        cached = {"use_cache": True, cache_argument(type(base)): store}
     mask = None if seen_BQK is None else realised_mask(model, seen_BQK)
     # Some families read the direction from the config and ignore the argument, others the reverse (see rewrite.call_model).
     missing = object()

@@ -43,7 +43,8 @@ class BidirectionalMixin:
         section = self.config.dlm
         masked = attention_mask is not None and attention_mask.ndim != 2
         is_block = section.get("attention") in BLOCK_PATTERNS and not self._is_source
-        if is_block and input_ids is not None and not masked and kwargs.get("past_key_values") is None:
+        continues = kwargs.get("cache", kwargs.get("past_key_values")) is not None  # transformers 5.24 renamed it
+        if is_block and input_ids is not None and not masked and not continues:
             real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (real_BL.cumsum(1) - 1).clamp(min=0)

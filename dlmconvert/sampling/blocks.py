@@ -64,7 +64,7 @@ class Blocks:
         self.block_B = torch.full_like(self.steps_BK[:, 0], -1)
         self.began_B = self.num_masked_B = self.num_steps_B = torch.zeros_like(self.block_B)
 
-    def plan(self, masked_BL: torch.Tensor, step: int, u_BL: torch.Tensor) -> Plan:
+    def plan(self, masked_BL: torch.Tensor, step: int, u_BL: torch.Tensor | None) -> Plan:
         """The part of `masked_BL` that may be committed at this step, and where its rows stand in it.
 
         Parts end in time by themselves. Only a hook that masks positions again can lead to a row's last step with more than its

@@ -36,14 +36,14 @@ import torch
 
 class Plan(NamedTuple):
     """What a counted budget knows. masked_BL: masked positions of each row's block. num_masked_B: how many they were when the block
-    began. step_B: steps since then. num_steps_B: steps of the block. u_BL: a uniform draw for each position and step. eps: the end of
-    Dream's grid."""
+    began. step_B: steps since then. num_steps_B: steps of the block. u_BL: a uniform draw for each position and step, None where
+    neither order nor budget reads it. eps: the end of Dream's grid."""
 
     masked_BL: torch.Tensor
     num_masked_B: torch.Tensor
     step_B: torch.Tensor
     num_steps_B: torch.Tensor
-    u_BL: torch.Tensor
+    u_BL: torch.Tensor | None
     eps: float = 1e-3
 
     @property
@@ -65,7 +65,7 @@ def ancestral(plan: Plan) -> torch.Tensor:
 
 def grid_probability(plan: Plan) -> torch.Tensor:
     """p_B = 1 - s/t on t_j = linspace(1, eps, S+1)_j, and 1 at the last step."""
-    j_B = plan.step_B.to(plan.u_BL.dtype)
+    j_B = plan.step_B.to(torch.float32 if plan.step_B.device.type == "mps" else torch.float64)  # mps has no float64
     t_B, s_B = (1 - (1 - plan.eps) * i_B / plan.num_steps_B for i_B in (j_B, j_B + 1))
     return torch.where(plan.step_B + 1 >= plan.num_steps_B, 1.0, 1 - s_B / t_B)
 
@@ -125,6 +125,9 @@ BUDGETS: dict[str, Callable[[Plan], torch.Tensor]] = {
     "dream": dream,
     "llada": llada,
 }
+
+
+READS_U = frozenset({ancestral, bernoulli})
 
 
 class Reading(NamedTuple):

@@ -17,12 +17,12 @@ import torch
 
 from ..diffusion.randomness import SAMPLE_ORDER, counter_gumbel, counter_uniform
 from .blocks import Blocks, Layout, groups
-from .budget import READING, Plan, least
+from .budget import READING, READS_U, Plan, least
 from .cache import Asked, is_block_model, open_reader
 from .canvas import ROW, Canvas, Predictor
 from .draw import draw_tokens
 from .filters import ban, penalise_repetition
-from .order import BLIND_ORDERS, best, blind_scores, confidence, margin, negative_entropy, ranked
+from .order import BLIND_ORDERS, best, blind_scores, confidence, first_of, margin, negative_entropy, ranked
 from .predictions import Hook, after_tokens_hook, places, spread
 from .step import Step
 
@@ -62,10 +62,11 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         predictor, canvas, layout, cache=settings.cache, block_length=settings.block_length, cfg_scale=settings.cfg_scale
     )
     hooked = settings.tokens_hook or settings.logits_hook
+    draws = settings.order == "random" or settings.counted in READS_U
     computes_all = settings.cache == "none" and not is_block_model(predictor)
     nfe = 0
     for step in range(blocks.last_step + 1):
-        u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, canvas.positions_BL)
+        u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, canvas.positions_BL) if draws else None
         plan = blocks.plan(masked_BL, step, u_BL)
         scores_BL = _scores_before(plan, keys_BL, canvas.positions_BL, step, settings)
         count_B = settings.counted(plan) if settings.counted else None
@@ -84,7 +85,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         confidence_BL = torch.zeros(masked_BL.shape, device=masked_BL.device)
         if any(num_wanted):
             asked = Asked(asked_BL, places(asked_BL, sum(num_asked)), num_asked, parts, [count > 0 for count in left])
-            wanted_N = places(wanted_BL, sum(num_wanted))
+            wanted_N = places(wanted_BL, sum(num_wanted)) if hooked else asked.flat_N
             logits_NV = reader.read(tokens_BL, asked)
             nfe += 2 if settings.cfg_scale > 0 else 1
             logits_BLV = spread(logits_NV, asked, tokens_BL) if hooked else None
@@ -151,11 +152,11 @@ def _choose(
     if scores_BL is None:
         score_N = c_N if settings.order == "confidence" else (margin if settings.order == "margin" else negative_entropy)(log_p_NV)
         scores_BL = _disturbed(on_canvas(score_N), keys_BL, positions_BL, step, settings)
+    order_BL = ranked(scores_BL, wanted_BL)
     if count_B is None:
         read_N = c_N if reading.reads_candidate else -negative_entropy(log_p_NV)
-        best_first_BL = on_canvas(read_N, reading.fill).gather(1, ranked(scores_BL, wanted_BL))
-        count_B = torch.maximum(reading.count(best_first_BL, bound), least(plan))
-    committed_BL = best(scores_BL, wanted_BL, count_B)
+        count_B = torch.maximum(reading.count(on_canvas(read_N, reading.fill).gather(1, order_BL), bound), least(plan))
+    committed_BL = first_of(order_BL, wanted_BL, count_B)
     if x_hat_N is None and settings.draw["temperature"] == 0:
         x_hat_N = logits_NV.argmax(dim=-1)
     if x_hat_N is None:

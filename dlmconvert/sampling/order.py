@@ -38,13 +38,14 @@ def event_times(seed: int, keys_BL: torch.Tensor, positions_BL: torch.Tensor) ->
     return counter_uniform(SAMPLE_ORDER, seed, keys_BL, _EVENT_TIMES, positions_BL)
 
 
-def blind_scores(order: str, u_BL: torch.Tensor, seed: int, keys_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor | None:
-    """scores_BL of an order that reads nothing; None for the others. u_BL: this step's uniform draws."""
+def blind_scores(order: str, u_BL: torch.Tensor | None, seed: int, keys_BL: torch.Tensor, positions_BL: torch.Tensor) -> torch.Tensor | None:
+    """scores_BL of an order that reads nothing; None for the others. u_BL: this step's uniform draws, for `random`."""
     if order == "random":
+        assert u_BL is not None
         return -u_BL
     if order == "first_hitting":
         return event_times(seed, keys_BL, positions_BL)
-    return -positions_BL.to(u_BL.dtype) if order == "left_to_right" else None
+    return -positions_BL.to(torch.float32) if order == "left_to_right" else None
 
 
 def confidence(log_p_NV: torch.Tensor, x_hat_N: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,11 @@ def best(scores_BL: torch.Tensor, candidates_BL: torch.Tensor, count_B: torch.Te
 
     Equal scores are taken from left to right, so ties commit nothing extra. A row with fewer candidates gives all of them.
     """
-    order_BL = ranked(scores_BL, candidates_BL)
-    places_BL = torch.arange(scores_BL.shape[1], device=scores_BL.device).expand_as(order_BL)
+    return first_of(ranked(scores_BL, candidates_BL), candidates_BL, count_B)
+
+
+def first_of(order_BL: torch.Tensor, candidates_BL: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
+    """The same from the columns in their order (`ranked`)."""
+    places_BL = torch.arange(order_BL.shape[1], device=order_BL.device).expand_as(order_BL)
     rank_BL = torch.empty_like(order_BL).scatter(1, order_BL, places_BL)
     return (rank_BL < count_B[:, None]) & candidates_BL

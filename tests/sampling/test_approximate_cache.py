@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_decoders import MASK, denoiser_of
 
+from dlmconvert.backbone.key_values import cache_argument
 from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts
 from dlmconvert.sampling.denoise import denoise, generate
 
@@ -47,7 +48,7 @@ class StaleModel:
         columns = whole if window is None else list(window)
         logits_QV = model(
             input_ids=torch.tensor([[state[i] for i in columns]]), position_ids=torch.tensor([columns]), use_cache=True,
-            past_key_values=Cache(layers=layers), attention_mask=torch.zeros(1, 1, len(columns), len(whole)),
+            **{cache_argument(type(model)): Cache(layers=layers)}, attention_mask=torch.zeros(1, 1, len(columns), len(whole)),
         ).logits[0]  # fmt: skip
         self.stored = [layer.now for layer in layers]
         logits_LV = torch.full((len(state), logits_QV.shape[1]), float("nan"))
