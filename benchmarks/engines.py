@@ -2,6 +2,7 @@
 
     python benchmarks/engines.py                               # GPT-2 small, 4 rows x 512, half of the tokens masked; about half an hour on two cores
     python benchmarks/engines.py --only step --stages 2        # or ranks, saving, resume
+    python benchmarks/engines.py --only saving --processes 2 --steps 2     # a checkpoint of two processes
     python benchmarks/engines.py --layers 2 --length 64 --steps 3      # does it run? two minutes
 
 Every variant lives in processes of its own, because ZeRO-3 puts a linear layer into torch for good. They take turns: one group of
@@ -227,10 +228,18 @@ def compare_ranks(arguments: argparse.Namespace) -> None:
         group.close()
 
 
+SAVED = (("single", "single", 0, 1), ("deepspeed, stage 2", "deepspeed", 2, 1), ("2 processes, stage 2", "deepspeed", 2, 2))
+
+
+def variants(arguments: argparse.Namespace, known: tuple[tuple[str, str, int, int], ...]) -> list[tuple[str, str, int, int]]:
+    """(name, engine, stage, processes) of those with a number of processes that was asked for."""
+    return [variant for variant in known if variant[3] in arguments.processes]
+
+
 def compare_saving(arguments: argparse.Namespace) -> None:
     """What a checkpoint takes from training: the time of a few steps with one at their beginning, less the time of those steps without."""
     print("a checkpoint: seconds that it stops training, and that it takes from training in all")
-    for name, engine, stage, count in (("single", "single", 0, 1), ("deepspeed, stage 2", "deepspeed", 2, 1), ("2 processes, stage 2", "deepspeed", 2, 2)):
+    for name, engine, stage, count in variants(arguments, SAVED):
         with tempfile.TemporaryDirectory(prefix="dlmconvert-benchmark-", dir=arguments.folder or None) as folder:
             group = start(arguments, name, engine, stage, count, max(1, arguments.threads // count), folder)
             plain = statistics.median(group.ask("step")["seconds"] for _ in range(arguments.steps + 1))
@@ -249,7 +258,7 @@ def compare_saving(arguments: argparse.Namespace) -> None:
 
 def compare_resumes(arguments: argparse.Namespace) -> None:
     print("a resume: imports and model, then the newest checkpoint (hashes compared, weights and moments loaded)")
-    for name, engine, stage, count in (("single", "single", 0, 1), ("deepspeed, stage 2", "deepspeed", 2, 1), ("2 processes, stage 2", "deepspeed", 2, 2), ("deepspeed, stage 3", "deepspeed", 3, 1)):
+    for name, engine, stage, count in variants(arguments, (*SAVED, ("deepspeed, stage 3", "deepspeed", 3, 1))):
         with tempfile.TemporaryDirectory(prefix="dlmconvert-benchmark-", dir=arguments.folder or None) as folder:
             for turn in ("first", "again"):
                 group = start(arguments, name, engine, stage, count, max(1, arguments.threads // count), folder)
@@ -275,6 +284,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12, help="layers of the model; 12 is GPT-2 small")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--stages", default="0,2,3", help="ZeRO stages")
+    parser.add_argument("--processes", default="1,2", help="of the variants of saving and resume")
     parser.add_argument("--steps", type=int, default=9, help="turns that are timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of one process; two processes have half of them each")
     parser.add_argument("--folder", default="", help="where checkpoints are written and removed again (default: the system's temporary folder)")
@@ -284,6 +294,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.stages = [int(stage) for stage in arguments.stages.split(",")]
+    arguments.processes = [int(count) for count in arguments.processes.split(",")]
     return arguments
 
 

@@ -86,15 +86,25 @@ def in_ranks(command: list[str], launching: Launching, overrides: list[str], fin
     command: the words that a process elsewhere is started with. find(overrides) -> (run folder, recipe). begin(overrides) -> (run
     folder, recipe, targets), having said which folder it is.
     """
+    from dlmconvert.training.launchers import place_of
+
+    _refuse_contradictions(launching)
+    if launching.dry_run:
+        return _show_plan(place_of(os.environ), launching, overrides, begin)
+    together(command, launching, overrides, find, lambda place, words, ranks: _run_stages(place, overrides, words, begin, ranks))
+
+
+def together(command: list[str], launching: Launching, overrides: list[str], find: Callable, work: Callable) -> None:
+    """Call work(place, words, ranks) in this process (ranks: None), or in every one of as many as asked for.
+
+    command, find: as for `in_ranks`. words: the overrides, with the engine that so many processes need.
+    """
     from dlmconvert.cli.outcome import outcome_of
     from dlmconvert.runs.hosts import given_share
     from dlmconvert.runs.launch import OUTCOME, launch
     from dlmconvert.training.launchers import Place, check_place, place_of
 
-    _refuse_contradictions(launching)
     place = place_of(os.environ)
-    if launching.dry_run:
-        return _show_plan(place, launching, overrides, begin)
     if place is not None and place.count == 1 and (launching.processes or 1) > 1:
         place = None  # one task with several GPUs: its processes are started here
     given = given_share()
@@ -103,7 +113,7 @@ def in_ranks(command: list[str], launching: Launching, overrides: list[str], fin
         raise UserError(f"nothing to give {' '.join(launching.behind)} to", "words behind -- go to sbatch (--slurm) or ssh (--hostfile)", "leave them out")
     if share is not None:
         def rank(leave):
-            _as_rank(place_of(os.environ), launching, overrides, find, begin, outcome_of, leave)
+            _as_rank(place_of(os.environ), launching, overrides, find, work, outcome_of, leave)
 
         outcome = launch(share, rank, nodes, controlled=given is not None)
         if given is not None:
@@ -119,9 +129,9 @@ def in_ranks(command: list[str], launching: Launching, overrides: list[str], fin
     check_place(place, launching.processes)
     place = place or Place()
     if place.count == 1:
-        return _run(place, launching, overrides, find, begin, None)
+        return work(place, _words(place, launching, overrides, find), None)
     with _quiet(place) as leave:
-        _as_rank(place, launching, overrides, find, begin, outcome_of, leave)
+        _as_rank(place, launching, overrides, find, work, outcome_of, leave)
         leave(Outcome())  # at once, as processes of our own do: threads of torch's process groups may abort an ordinary exit
 
 
@@ -174,7 +184,7 @@ def _share(launching: Launching, place: Any, command: list[str]) -> tuple[Any, l
     return (local_share(processes), []) if place is None and (processes or 1) > 1 else (None, [])
 
 
-def _as_rank(place: Any, launching: Launching, overrides: list[str], find: Callable, begin: Callable, outcome_of: Callable, leave: Callable) -> None:
+def _as_rank(place: Any, launching: Launching, overrides: list[str], find: Callable, work: Callable, outcome_of: Callable, leave: Callable) -> None:
     """Meet the other ranks, work, part. When anything fails anywhere, leave(the one outcome that is to be told)."""
     from dlmconvert.runs.follow import about, refusal_by
     from dlmconvert.training.ranks import Ranks
@@ -196,7 +206,7 @@ def _as_rank(place: Any, launching: Launching, overrides: list[str], find: Calla
         mine["failed"] = asdict(outcome)
     outcome = outcome_of(meet)
     if not outcome.code:
-        outcome = outcome_of(lambda: _run(place, launching, overrides, find, begin, ranks[0]))
+        outcome = outcome_of(lambda: work(place, _words(place, launching, overrides, find), ranks[0]))
     if not outcome.code:
         outcome = outcome_of(ranks[0].leave)
     if outcome.code:
@@ -209,13 +219,12 @@ def _words(place: Any, launching: Launching, overrides: list[str], find: Callabl
     return engine_words(*find(overrides), overrides, place.count, launching.processes)
 
 
-def _run(place: Any, launching: Launching, overrides: list[str], find: Callable, begin: Callable, ranks: Any) -> None:
+def _run_stages(place: Any, overrides: list[str], words: list[str], begin: Callable, ranks: Any) -> None:
     from dlmconvert.cli.console import ConsoleReporter, out
     from dlmconvert.runs.follow import follow
     from dlmconvert.runs.report import result_text
     from dlmconvert.runs.runner import run_stages
 
-    words = _words(place, launching, overrides, find)
     if place.rank > 0:
         return follow(ranks)
     reporter = ConsoleReporter()

@@ -16,24 +16,35 @@ def replay(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Where it runs: engine.device, engine.offload_optimizer, engine.offload_parameters, engine.nvme, engine.threads.")] = None,
     stage: Annotated[str | None, typer.Option("--stage", help="pretrain, adapt or sft (default: the one that was trained last).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Everything that was found, for scripts.")] = False,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, metavar="N", help="As many as the run had: for a model that does not fit into one (default: one).")] = None,
 ) -> None:
     """Run one training step alone, from the checkpoint before it: losses of its rows, gradients of its layers, where it breaks."""
-    from dlmconvert.cli.console import ConsoleReporter, console, out
+    from dlmconvert.cli.launching import Launching, together
     from dlmconvert.runs.folder import find_run
-    from dlmconvert.runs.replay import check_place_words, replay_step
+    from dlmconvert.runs.replay import check_place_words
     from dlmconvert.runs.runner import with_overrides
 
-    folder, _ = find_run(run)
     check_place_words(overrides or [])
-    recipe = with_overrides(folder, overrides or [])
-    if recipe.engine.compile:  # what looks into the modules would be compiled away
-        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"compile": False})})
-    console.print(f"run folder {folder.path} (nothing in it is changed)")
-    found = replay_step(folder, recipe, step, stage, ConsoleReporter())
-    if json:
-        out(json_module.dumps(_plain(found.to_dict()), indent=1))
-        return
-    out("\n".join(lines_of(found)))
+
+    def find(words: list[str]) -> tuple[Any, Any]:
+        folder, _ = find_run(run)
+        return folder, with_overrides(folder, words)
+
+    def work(place: Any, words: list[str], ranks: Any) -> None:
+        from dlmconvert.cli.console import ConsoleReporter, console, out
+        from dlmconvert.runs.follow import SilentReporter
+        from dlmconvert.runs.replay import replay_step
+
+        folder, recipe = find(words)
+        if recipe.engine.compile:  # what looks into the modules would be compiled away
+            recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"compile": False})})
+        if place.rank == 0:
+            console.print(f"run folder {folder.path} (nothing in it is changed)")
+        found = replay_step(folder, recipe, step, stage, SilentReporter() if place.rank else ConsoleReporter(), ranks)
+        if place.rank == 0:
+            out(json_module.dumps(_plain(found.to_dict()), indent=1) if json else "\n".join(lines_of(found)))
+
+    together([], Launching(processes=processes), overrides or [], find, work)
 
 
 def lines_of(replayed: Any) -> list[str]:

@@ -151,8 +151,8 @@ def memory_of(
         casts = casts_late
     # Gradients inside one layer while it is walked back.
     working = tokens * max(3 * c * shape.feed_forward, 6 * r * shape.hidden)
-    # Under ZeRO a tied matrix gets two gradients (on one device rows: backbone/embedding.py); any gets one more while earlier ones are kept.
-    extra = ((1 if shape.is_tied and zero is not None else 0) + (1 if states.accumulated else 0)) * head_gradient
+    # Where ZeRO collects gradients a tied matrix gets two (else rows: backbone/embedding.py); any gets one more while earlier ones are kept.
+    extra = ((1 if shape.is_tied and not states.gradients_stay else 0) + (1 if states.accumulated else 0)) * head_gradient
 
     frozen = 0 if teacher == "none" else c * shape.num_base_parameters
     if teacher == "states":

@@ -11,10 +11,11 @@ Legend: P parameters, P' trained ones, n processes, c bytes of the weights' type
     update (4)     -               c P' / n             c P' / n           c min(P' / n, `sub_group_size`)
     start (5)      -               c P + c P'           the same           -
 
-(1) In float32; none where the weights are their own masters: fp32 under stage 3, and under 1 and 2 in one process (training/zero_gradients.py).
-(2) Stage 2 holds its part from the first gradient on, stage 3 always. (3) b = min(`reduce_bucket_size`, P'): where gradients are collected,
-what is sent of it, what comes back; none in one process. (4) While the optimizer works, beside the gradients of the rank's own part: a
-float32 copy of them, 4 in place of c; none where c = 4. (5) Before anything else is there: the weights, and the same in one piece.
+(1) In float32; none where the weights are their own masters: fp32 under stage 3, and under 1 and 2 in one process (training/zero_alone.py).
+(2) Stage 2 holds its part from the first gradient on, stage 3 always; in one process stages 1 and 2 hold c P' in all, each gradient from
+when it is made. (3) b = min(`reduce_bucket_size`, P'): where gradients are collected, what is sent of it, what comes back; none in one process.
+(4) While the optimizer works, beside the gradients of the rank's own part: a float32 copy of them, 4 in place of c; none where c = 4, and of
+a few million at a time under 1 and 2 in one process. (5) Before anything else is there: the weights, and the same in one piece.
 
 Offloading moves master, moments and float32 gradients (16 P' / n) and a copy of the weights' part (c P' / n) to the host, and with the
 parameters (stage 3) c P / n more; on the GPU stages 1 and 2 keep a buffer of the largest parameter in place of their part of the gradients.
@@ -29,6 +30,7 @@ from typing import Any
 from dlmconvert.planning.architecture import Architecture
 
 FLOAT = 4
+PIECE = 2**22  # elements of the gradients that are copied at a time in one process: training/zero_alone.py
 # DeepSpeed's defaults, in elements; `engine.deepspeed.zero_optimization` overrides them.
 DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7, "sub_group_size": 1e9}
 ALLREDUCE = 5e8  # elements that stage 0 flattens at once; no key sets it
@@ -56,7 +58,7 @@ class States:
     gradients: at the end of the backward pass. accumulated: those of earlier micro-batches, while a forward runs. gathered: whole weights
     while a pass runs. partition: of the gradients, from the first one on. bucket: during the backward pass. sent: at its end, beside the
     bucket. update: gradients and copies of them while the optimizer works. start: while the engine is made, alone. host: in the machine's
-    memory.
+    memory. gradients_stay: until the update where the backward pass leaves them; else a tied matrix gets two for a moment.
     """
 
     weights: float
@@ -70,12 +72,13 @@ class States:
     update: float = 0
     start: float = 0
     host: float = 0
+    gradients_stay: bool = False
 
 
 def single_states(shape: Architecture, accumulates: bool) -> States:
     """The single-device engine: float32 weights, gradients and two moments, whatever the precision of the arithmetic."""
     gradients = FLOAT * shape.num_trainable
-    return States(FLOAT * shape.num_parameters, gradients, gradients if accumulates else 0, 2 * gradients, update=gradients)
+    return States(FLOAT * shape.num_parameters, gradients, gradients if accumulates else 0, 2 * gradients, update=gradients, gradients_stay=True)
 
 
 def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates: bool) -> States:
@@ -85,8 +88,9 @@ def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates:
     if zero.stage == 0:
         gradients = FLOAT * trained
         flat = FLOAT * min(trained, ALLREDUCE) if n > 1 else 0
-        return States(FLOAT * every, gradients, gradients if accumulates else 0, 8 * trained, update=gradients + flat)
+        return States(FLOAT * every, gradients, gradients if accumulates else 0, 8 * trained, update=gradients + flat, gradients_stay=True)
     offloaded = zero.offload in ("optimizer", "all")
+    stay = n == 1 and zero.stage < 3 and not offloaded
     bucket = c * min(zero.elements("reduce_bucket_size"), trained)
     are_masters = c == FLOAT and not offloaded and (zero.stage == 3 or n == 1)
     optimizer = 0.0 if offloaded else (8 if are_masters else 12) * part
@@ -102,15 +106,15 @@ def zero_states(shape: Architecture, zero: Zero, weight_bytes: int, accumulates:
         states = States(weights, gradients, gradients, optimizer, gathered=gathered + (bucket if n > 1 else 0), update=update, host=host)
     else:
         sent = bucket if zero.stage == 2 else 0.0
-        partition = 0.0 if offloaded else c * part
-        gradients = partition + (c * trained if zero.stage == 1 else 0)
+        partition = 0.0 if offloaded or stay else c * part
+        gradients = partition + (c * trained if zero.stage == 1 or stay else 0)
         if offloaded and zero.stage == 2:
             gradients = c * shape.largest_parameter
         accumulated = (c * trained if zero.stage == 1 else partition or gradients) if accumulates else 0.0
         buckets = bucket * (2 if dict(zero.keys).get("overlap_comm") is True else 1) if n > 1 or offloaded else 0.0
         states = States(
             c * every, gradients, accumulated, optimizer, partition=partition, bucket=buckets,
-            update=0.0 if offloaded else (c + copies) * part, start=c * (every + trained), host=host,
+            update=0.0 if offloaded else c * part + copies * (min(part, PIECE) if stay else part), start=c * (every + trained), host=host, gradients_stay=stay,
         )  # fmt: skip
     if n == 1:
         return states

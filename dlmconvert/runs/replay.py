@@ -1,8 +1,10 @@
-"""One training step again, alone: from the newest checkpoint before it, in this process, without a trace in the run."""
+"""One training step again, alone: from the newest checkpoint before it, without a trace in the run."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,21 +34,22 @@ class Replay:
         return asdict(self)
 
 
-def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter) -> Replay:
+def replay_step(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter, ranks: Any = None) -> Replay:
     """Run the steps from the newest whole checkpoint before `step`, then `step` itself without an update.
 
-    In one process, which takes the micro-batches of all those that the run had when it was last started: the numbers are equal but for the
-    order of additions. Nothing is written into the run. Raises UserError when the stage has not begun, has no such step, or its text or model has changed.
+    ranks: as many as the run had when it was last started, all of which call this. None: one process takes the micro-batches of them all,
+    and the numbers are equal but for the order of additions. Nothing is written into the run. Raises UserError when the stage has not
+    begun, has no such step, or had another number of processes, or when its text or model has changed.
     """
     if recipe.engine.nvme is None:
-        return _replay(run, recipe, step, stage, reporter)
+        return _replay(run, recipe, step, stage, reporter, ranks)
     disk = Path(recipe.engine.nvme).expanduser()
     disk.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="replay-", dir=disk) as own:  # the run's own files there may be in use
-        return _replay(run, recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"nvme": own})}), step, stage, reporter)
+        return _replay(run, recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"nvme": own})}), step, stage, reporter, ranks)
 
 
-def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter) -> Replay:
+def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, reporter: Reporter, ranks: Any) -> Replay:
     from dlmconvert.runs.models import band_search, batch_stream, loop_settings_of
     from dlmconvert.runs.stages import JOBS
     from dlmconvert.runs.training import changed_inputs, make_engine
@@ -57,19 +60,23 @@ def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, report
     from dlmconvert.training.ranks import Solo
 
     stage = chosen_stage(run, stage)
-    context = StageContext(run, recipe, reporter, StopFlag(), ranks=Solo(run.stage_state(stage).get("process", {}).get("ranks", 1)))
+    had = run.stage_state(stage).get("process", {}).get("ranks", 1)
+    if ranks is not None and ranks.count != had:
+        raise UserError(f"{ranks.count} processes, but {stage} was last trained in {had}", "the step is cut into the micro-batches of those", f"take --processes {had}, or 1" if had > 1 else "leave --processes out")
+    ranks = ranks or Solo(had)
+    context = StageContext(run, recipe, reporter, StopFlag(), ranks=ranks)
     job = JOBS[stage](context)
     if not 1 <= step <= job.settings.steps:
         raise UserError(f"{stage} has no step {step}", f"its steps are 1 to {job.settings.steps}", "")
     if changed := changed_inputs(run, job):
         raise UserError(f"{' and '.join(changed)} changed since {stage} was trained", "its steps cannot be run again", "put the old content back")
     checkpoints = CheckpointFolder(run.stage_folder(stage) / "checkpoints", warn=reporter.warn)
-    begun = checkpoints.newest_whole(before=step) or 0
+    begun = ranks.share(checkpoints.newest_whole(before=step) or 0 if ranks.rank == 0 else None)
     engine, _ = make_engine(context, job)
     balance = checkpoints.state(begun).get("balance") if begun else None
     if begun:
-        with tempfile.TemporaryDirectory(prefix="dlmconvert-replay-") as scratch:
-            engine.restore(checkpoints, engine.at(checkpoints, begun), Path(scratch))
+        with _common_folder(ranks) as scratch:
+            engine.restore(checkpoints, engine.at(checkpoints, begun), scratch)
     stream = batch_stream(job, engine.denoiser.spec)
     settings = loop_settings_of(job, stream.mixture.row_length)
     search = band_search(context, job, engine.denoiser.spec)
@@ -79,9 +86,10 @@ def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, report
     with reporter.progress("steps before it", step - 1 - begun) as bar:
         for before in range(begun, step - 1):
             part = accumulate(engine, stream, settings, before, balance)
+            sums = ranks.sum(part.sums | {"broken": float(len(part.broken))})
             norm = engine.update(settings.learning_rate_at(before))
-            if problem_of(len(part.broken), norm, engine.overflowed) is None:
-                balance = balance_of(part.sums, part.sums["ce_sum"] / max(1.0, part.sums["masked"]), balance)
+            if problem_of(int(sums["broken"]), norm, engine.overflowed) is None:
+                balance = balance_of(sums, sums["ce_sum"] / max(1.0, sums["masked"]), balance)
             if search is not None and (before + 1) % search.every == 0:
                 engine.denoiser.eval()
                 found = search.look(engine, settings, before + 1)
@@ -89,6 +97,16 @@ def _replay(run: RunFolder, recipe: Recipe, step: int, stage: str | None, report
                 stream.band = found["band_low"], found["band_high"]
             bar.advance(1)
     return Replay(stage, step, begun, inspect_step(engine, stream, settings, step - 1, balance))
+
+
+@contextmanager
+def _common_folder(ranks: Any) -> Iterator[Path]:
+    """A temporary folder of rank 0 that all ranks of its machine see. Collective."""
+    if ranks.rank:
+        yield Path(ranks.share(None))
+        return
+    with tempfile.TemporaryDirectory(prefix="dlmconvert-replay-") as folder:
+        yield Path(ranks.share(folder))
 
 
 def check_place_words(words: list[str]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.denoiser import Denoiser
+from dlmconvert.backbone.embedding import add_rows_in_place
 from dlmconvert.backbone.head import compile_trunk
 from dlmconvert.errors import EXIT_FAILED, UserError
 from dlmconvert.training.checkpoint import Checkpoint, CheckpointFolder
@@ -173,8 +174,7 @@ class DeepSpeedEngine:
             _announce_trained_rows(denoiser)
         if self.zero_stage == 0 and ranks.count == 1:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
-        if self.zero_stage > 0:
-            spare_copies(self._engine.optimizer, self.zero_stage, ranks.count)
+        self._gradients_stay = self.zero_stage == 0 or spare_copies(self._engine, self.zero_stage, ranks.count)  # in `.grad`, until the update
         if self.zero_stage == 3:
             make_checkpoints_whole(self._engine)
         if precision == "fp16":
@@ -184,6 +184,8 @@ class DeepSpeedEngine:
         self._clip_norm = None if config["gradient_clipping"] == NO_CLIPPING else config["gradient_clipping"]
         if compile:
             compile_trunk(denoiser.model)
+        elif self._gradients_stay:
+            add_rows_in_place(denoiser.model)
         self._engine.clip_fp32_gradients = lambda: None  # of stage 0: `update` has done it, by the same norm as all others
         self._backwards = 0
         self.denoiser = self._engine  # called like the Denoiser that it wraps
@@ -236,7 +238,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.parameters.items():
-            whole = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+            whole = parameter.grad if self._gradients_stay else safe_get_full_grad(parameter)
             yield name, None if whole is None else whole.float() / (self.loss_scale or 1.0)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

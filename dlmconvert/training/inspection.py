@@ -46,16 +46,17 @@ class Inspected:
 
 def inspect_step(engine: SingleDeviceEngine, stream: Stream, settings: LoopSettings, step: int, balance: float | None = None) -> Inspected:
     """Forward and backward of a step (from 0), rows one by one and then the whole; nothing is updated. The engine is not used after it.
+    Collective: each rank looks at its own rows, and all are told everything.
 
     balance: as for `accumulate`.
     """
     found = Inspected(learning_rate=settings.learning_rate_at(step))
     found.nonfinite_weights = [name for name, p in engine.model.named_parameters() if not is_finite(p)]
-    found.rows = list(row_losses(engine, stream, settings, step))
+    found.rows = [row for rows in engine.ranks.gather(list(row_losses(engine, stream, settings, step))) for row in rows]
     with first_nonfinite_output(engine.model) as seen:
         part = accumulate(engine, stream, settings, step, balance)
-    found.first_nonfinite = seen[0] if seen else None
-    found.loss = part.sums["loss"]
+    found.first_nonfinite = next((seen[0] for seen in engine.ranks.gather(seen) if seen), None)
+    found.loss = engine.ranks.sum({"loss": part.sums["loss"]})["loss"]
     squares: dict[str, float] = {}
     for name, gradient in engine.gradients():
         if gradient is None:
@@ -70,10 +71,11 @@ def inspect_step(engine: SingleDeviceEngine, stream: Stream, settings: LoopSetti
 
 
 def row_losses(engine: SingleDeviceEngine, stream: Stream, settings: LoopSettings, step: int) -> Iterator[RowLoss]:
-    """Each row of the global batch by itself, without gradients."""
+    """Each of this rank's rows of the global batch by itself, without gradients."""
     settings = replace(settings, normaliser="eligible")
     context, num_eligible = context_of(settings, step), stream.num_eligible(step)
-    for place in range(settings.rows_per_step):
+    share = settings.rows_per_step // engine.ranks.count
+    for place in range(engine.ranks.rank * share, (engine.ranks.rank + 1) * share):
         torch.manual_seed(settings.seed * 1_000_003 + step)
         batch = stream.batch(step, place, place + 1)
         with torch.no_grad():

@@ -37,6 +37,9 @@ class Solo:
     def share(self, value: Any) -> Any:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
     def barrier(self) -> None:
         pass
 
@@ -111,6 +114,14 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device="cpu")
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        import torch.distributed as dist
+
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         self.sum({"": 0.0})

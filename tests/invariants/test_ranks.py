@@ -260,15 +260,24 @@ def test_a_loss_that_is_not_finite_on_one_rank(place, tiny_checkpoints):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 5, 6, 7, 8]
 
 
-def test_a_step_of_two_processes_is_replayed_in_one(zygote, straight, place):
-    shutil.copytree(straight("two").parent, place / "run")
+@pytest.mark.parametrize("kind", ["two", "two, stage 3"])
+def test_a_step_of_two_processes_is_replayed_in_one_and_in_two(kind, zygote, straight, place):
+    shutil.copytree(straight(kind).parent, place / "run")
     before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
-    status, text = zygote.run(place, "replay", "run", 18, "--json")
-    assert status == 0, text
-    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
     line = curve(place / "run" / "adapt")[17]
-    assert found["begun"] == 15 and found["found"]["loss"] == pytest.approx(line["loss"], rel=1e-5)
-    assert found["found"]["gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-4)
+    reports = []
+    for words in ([], ["--processes", 2]):
+        status, text = zygote.run(place, "replay", "run", 18, "--json", *words)
+        assert status == 0, text
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        assert found["begun"] == 15 and found["found"]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert found["found"]["gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-4)
+        reports.append(found["found"])
+    assert [row["row_id"] for row in reports[0]["rows"]] == [row["row_id"] for row in reports[1]["rows"]]
+    assert [row["loss"] for row in reports[0]["rows"]] == pytest.approx([row["loss"] for row in reports[1]["rows"]], rel=1e-4, abs=1e-6)
+    assert reports[0]["gradient_norms"] == pytest.approx(reports[1]["gradient_norms"], rel=1e-3)
+    status, text = zygote.run(place, "replay", "run", 18, "--processes", 3)
+    assert status == 2 and text.count("error:") == 1 and "3 processes, but adapt was last trained in 2" in text, text
     assert before == {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
 
 
