@@ -173,7 +173,8 @@ METHODS = {
             departs=(
                 "Blocks grow by doubling up to 3 (1, 2, 3: an epoch each in the paper). The code's labels are one place off at both ends of an answer; here the "
                 "token that is predicted decides. First tokens of blocks are predicted by the clean copy. The paper balances both losses for blocks of 3 only: "
-                "objective.ar_schedule=balanced with ar_weight=1 does so in a whole stage."
+                "objective.ar_schedule=balanced with ar_weight=1 does so in a whole stage. With train.lora.gated=true there is no AR loss: the next-token path "
+                "is the source's own, bit for bit, and the loss would have no gradient."
             ),
         ),
         PublishedMethod(

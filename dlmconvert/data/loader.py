@@ -230,11 +230,11 @@ class BatchStream:
             positions_BL=positions_BL,
             row_ids=list(zip(*(column.tolist() for column in ids), strict=True)),
             starts_BL=starts_BL,
-            x_edit_BL=self._edited(step, ids, rows.tokens_BL, eligible_BL),
+            x_edit_BL=self._edited(step, ids, rows.tokens_BL, eligible_BL if starts_BL is None else eligible_BL & ~starts_BL),
         )
 
     def _edited(self, step: int, ids: Ids, tokens_BL: torch.Tensor, eligible_BL: torch.Tensor) -> torch.Tensor | None:
-        """Clean rows with edits, a ~ U[0, edit_share) of their eligible tokens."""
+        """Clean rows with edits, a ~ U[0, edit_share) of those eligible tokens that may be noised."""
         if self._edit_share == 0 or step < self._edit_from:
             return None
         share_B = self._edit_share * counter_uniform(EDIT, self._seed, 1, *(torch.from_numpy(column) for column in ids))

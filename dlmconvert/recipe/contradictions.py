@@ -35,8 +35,6 @@ def method_contradictions(recipe: Recipe):
         yield "method.corruption.edit_steps says when edits begin, and method.corruption.edit_share=0 makes none: set both, or neither"
     if objective.weight != "cart" and _is_set(objective, "cart_p"):
         yield f"method.objective.cart_p is for method.objective.weight=cart, not for {objective.weight}"
-    if corruption.edit_share and attention.pattern != "bidirectional":
-        yield f"method.corruption.edit_share corrects whole rows: it needs method.attention.pattern=bidirectional, not {attention.pattern}"
     if (corruption.embedding_noise > 0) != (corruption.embedding_noise_steps is not None):
         yield "method.corruption.embedding_noise and method.corruption.embedding_noise_steps belong together: set both, or neither"
     if corruption.embedding_noise and corruption.kind == "none":
@@ -74,9 +72,7 @@ def _gidd_contradictions(recipe: Recipe):
         return
     if objective.weight not in weights:
         yield f"method.objective.weight={objective.weight} weighs masked tokens, and under method.corruption.kind=gidd all tokens are targets: use {', '.join(weights)}"
-    if recipe.method.attention.pattern != "bidirectional":
-        yield f"method.corruption.kind=gidd shows wrong tokens and needs method.attention.pattern=bidirectional, not {recipe.method.attention.pattern}"
-    for name in ("count", "views", "levels_per", "half_life"):
+    for name in ("count", "views", "half_life"):
         if _is_set(corruption, name):
             yield f"method.corruption.{name} says which tokens are masked, and method.corruption.kind=gidd draws each by itself: leave it out"
 
@@ -109,6 +105,11 @@ def _gated_contradictions(recipe: Recipe):
             yield f"{section}.lora.gated=true under DeepSpeed needs engine.zero_stage=2 or less: adapters lie beside the layers that use them"
         if recipe.method.corruption.edit_share:
             yield f"{section}.lora.gated=true opens at masks, and edited rows have none: leave method.corruption.edit_share out"
+        if section == "train" and recipe.method.objective.ar_weight:
+            yield (
+                f"method.objective.ar_weight={recipe.method.objective.ar_weight:g} has no gradient under train.lora.gated=true: the clean copy has no masks, so "
+                "adapters leave its next-token path as it is, bit for bit. Use method.objective.ar_weight=0"
+            )
 
 
 TWO_STREAMS = ("block_causal", "context_causal", "causal_in_block")

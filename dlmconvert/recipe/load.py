@@ -64,6 +64,8 @@ def load_recipe(what: str, overrides: list[str] | None = None) -> Recipe:
         set_key(values, word)
         set_key(said, word)
     _drop_leftovers(values.get("method"), said.get("method"))
+    if _is_gated(said):
+        _drop_ar_loss(values.get("method"), said.get("method"))
     return validate(values, what)
 
 
@@ -144,6 +146,8 @@ def validate(values: dict[str, Any], where: str) -> Recipe:
     if isinstance(method, dict) and isinstance(name, str):
         row = copy.deepcopy(METHODS[name].choices)
         _drop_leftovers(row, method)
+        if _is_gated(values):
+            _drop_ar_loss(row, method)
         values["method"] = _merge(row, {"name": name, **method})
     lines: list[str] = []
     while True:
@@ -189,8 +193,8 @@ LEFTOVERS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("attention.block_length", "attention.block_stages", "corruption.levels_per", "corruption.half_life"),
     ),
     ("corruption.kind", lambda kind: kind != "gidd", ("corruption.uniform_share",)),
-    ("corruption.kind", lambda kind: kind != "masking", tuple(f"corruption.{name}" for name in ("count", "views", "levels_per", "half_life"))),
-    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels")),
+    ("corruption.kind", lambda kind: kind != "masking", tuple(f"corruption.{name}" for name in ("count", "views", "half_life"))),
+    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels", "corruption.levels_per")),
     ("corruption.edit_share", lambda share: share == 0, ("corruption.edit_steps",)),
     ("objective.weight", lambda weight: weight != "cart", ("objective.cart_p",)),
 )  # fmt: skip
@@ -201,18 +205,31 @@ def _drop_leftovers(below: Any, above: Any) -> None:
     """Take out of a method what only belonged to a choice that is made anew above it (on the command line, in the file): `anneal=none` means
     no schedule at all, not a leftover number of steps, and `pattern=bidirectional` no blocks. What is said above stays, to be refused."""
 
-    def section(method: Any, name: str) -> Any:
-        found = method.get(name) if isinstance(method, dict) else None
-        return found if isinstance(found, dict) else {}
-
     for key, is_meaningless, gone in LEFTOVERS:
         part, _, name = key.partition(".")
-        if name not in section(above, part) or not is_meaningless(section(above, part)[name]):
+        if name not in _inside(above, part) or not is_meaningless(_inside(above, part)[name]):
             continue
         for other in gone:
             part, _, name = other.partition(".")
-            if name not in section(above, part):
-                section(below, part).pop(name, None)
+            if name not in _inside(above, part):
+                _inside(below, part).pop(name, None)
+
+
+def _drop_ar_loss(below: Any, above: Any) -> None:
+    """Adapters that act on masks only leave the next-token path as it is, so the loss that holds it belongs to the other trainings."""
+    for name in ("ar_weight", "ar_schedule"):
+        if name not in _inside(above, "objective"):
+            _inside(below, "objective").pop(name, None)
+
+
+def _is_gated(values: dict[str, Any]) -> bool:
+    return _inside(_inside(values, "train"), "lora").get("gated") is True
+
+
+def _inside(values: Any, name: str) -> dict[str, Any]:
+    """A section of unchecked values; an empty one where there is none."""
+    found = values.get(name) if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,8 @@ def loop_settings_of(job: TrainingJob, row_length: int) -> Any:
         "row_length": row_length,
         "pattern": method.attention.pattern,
         "block_stages": block_stages_of_job(job, row_length),
-        "ar_weight": method.objective.ar_weight if method.attention.pattern != "causal" else 0.0,
+        # Adapters that act on masks only leave the next-token path as it is: its loss would have no gradient.
+        "ar_weight": 0.0 if method.attention.pattern == "causal" or (settings.lora is not None and settings.lora.gated) else method.objective.ar_weight,
         "corruption": method.corruption.kind,
         "embedding_noise_steps": embedding_noise_steps_of(method.corruption, settings.steps) if job.anneal else 0,
         "overlap_saving": bool(settings.overlap_saving),

@@ -125,17 +125,21 @@ class GuidedReader:
     """Classifier-free guidance: logits = un + (s + 1) (cond - un), un with the given tokens masked (2410.18514). `reader` has
     each row twice."""
 
-    def __init__(self, reader: Reader, canvas: Canvas, mask_token_id: int, scale: float):
+    def __init__(self, reader: Reader | None, canvas: Canvas, mask_token_id: int, scale: float):
         self.reader, self.mask_token_id, self.scale = reader, mask_token_id, scale
         self.given_BL = ~canvas.masked_BL if canvas.segments_BL is None else ~canvas.masked_BL & (canvas.segments_BL == ROW)
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
-        unprompted_BL = tokens_BL.masked_fill(self.given_BL, self.mask_token_id)
-        twice = Asked(
+        both = Asked(
             torch.cat([asked.mask_BL] * 2), torch.cat([asked.flat_N, asked.flat_N + tokens_BL.numel()]), asked.counts * 2,
             asked.parts * 2, asked.live * 2,
         )  # fmt: skip
-        cond_NV, un_NV = self.reader.read(torch.cat([tokens_BL, unprompted_BL]), twice).to(torch.float32).chunk(2)
+        return self.mixed(*self.reader.read(torch.cat([tokens_BL, self.unprompted(tokens_BL)]), both).to(torch.float32).chunk(2))
+
+    def unprompted(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        return tokens_BL.masked_fill(self.given_BL, self.mask_token_id)
+
+    def mixed(self, cond_NV: torch.Tensor, un_NV: torch.Tensor) -> torch.Tensor:
         return un_NV + (self.scale + 1) * (cond_NV - un_NV)
 
 
@@ -161,7 +165,7 @@ def open_reader(
     """Whoever answers what the loop asks. block_length: of a block model's blocks."""
     plain = canvas
     if cfg_scale > 0:
-        canvas, layout = _twice(canvas), layout.twice()
+        canvas, layout = twice(canvas), layout.twice()
     if is_block_model(predictor):
         reader: Reader = BlockReader(predictor, canvas, layout, block_length, is_cached=cache == "block")
     elif cache == "none":
@@ -213,6 +217,6 @@ def _ends(canvas: Canvas, layout: Layout) -> list[int]:
     return [begin + length for begin, length in zip(layout.begins, row_lengths(canvas), strict=True)]
 
 
-def _twice(canvas: Canvas) -> Canvas:
+def twice(canvas: Canvas) -> Canvas:
     both = {name: None if value is None else torch.cat([value] * 2) for name, value in vars(canvas).items()}
     return Canvas(**both)

@@ -28,9 +28,10 @@ from .filters import check_filters
 from .length import check_growth, daedal
 from .loop import Settings, steps_of
 from .order import ORDERS
+from .polish import polished, polished_in_blocks
 from .predictions import Hook
-from .revise import POLISHING, Reviser, check_revision, p2, polished, remdm, wino
-from .shadow import ShadowReader
+from .revise import POLISHING, Reviser, check_revision, p2, remdm, wino
+from .shadow import open_shadow
 from .speculate import check_speculation, speculate
 from .step import Step
 
@@ -142,11 +143,8 @@ def denoise(
         return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
     if revision is not None:
         strength = check_revision(revision, revision_strength, predictor)
-        if revision in POLISHING:
-            _refuse_block_model(predictor, f"revision {revision!r} works on a finished text and")
-        else:
-            own = ("threshold",) if revision == "wino" else ("steps", "cfg_scale")
-            _refuse_beside(f"revision {revision!r}", asked, "revision", "block_length", *own, *(("cache",) if is_block_model(predictor) else ()))
+        if revision not in POLISHING:
+            _refuse_beside(f"revision {revision!r}", asked, "revision", "block_length", "cache", "cfg_scale", "threshold" if revision == "wino" else "steps")
     elif revision_strength is not None:
         raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
     check_predictable(canvas, predictor.alignment)
@@ -163,36 +161,35 @@ def denoise(
         reader = open_reader(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
         reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, end_ids, forwards_each)
         if revision == "wino":
-            shadow = ShadowReader(predictor, canvas, layout, block_length if is_block_model(predictor) else None, cache == "block")
+            shadow = open_shadow(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
             return wino(reviser, shadow, 0.6 if threshold is None else threshold, strength)
         return remdm(reviser, strength) if revision == "remdm" else p2(reviser)
-    steps = steps_of(
-        predictor,
-        canvas,
-        layout,
-        Settings(
-            cache=cache,
-            num_steps=num_steps,
-            block_length=block_length,
-            eps=eps,
-            order=order,
-            order_temperature=0.0 if order in ("random", "first_hitting") else order_temperature,
-            counted=None if reading else BUDGETS[counted or default_budget(order)],
-            reading=reading,
-            cfg_scale=cfg_scale,
-            repetition_penalty=repetition_penalty,
-            draw=draw,
-            banned_ids=tuple(banned_ids),
-            end_ids=tuple(end_ids),
-            tokens_hook=tokens_hook,
-            logits_hook=logits_hook,
-        ),
+    settings = Settings(
+        cache=cache,
+        num_steps=num_steps,
+        block_length=block_length,
+        eps=eps,
+        order=order,
+        order_temperature=0.0 if order in ("random", "first_hitting") else order_temperature,
+        counted=None if reading else BUDGETS[counted or default_budget(order)],
+        reading=reading,
+        cfg_scale=cfg_scale,
+        repetition_penalty=repetition_penalty,
+        draw=draw,
+        banned_ids=tuple(banned_ids),
+        end_ids=tuple(end_ids),
+        tokens_hook=tokens_hook,
+        logits_hook=logits_hook,
     )
     if revision is None:
-        return steps
-    reader = open_reader(predictor, canvas, layout, cache="none", block_length=None, cfg_scale=cfg_scale)
+        return steps_of(predictor, canvas, layout, settings)
+    # A finished text of a bidirectional model is read whole, whatever cache filled it.
+    in_blocks = is_block_model(predictor)
+    reader = open_reader(predictor, canvas, layout, cache=cache if in_blocks else "none", block_length=block_length, cfg_scale=cfg_scale)
     reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, forwards_each=forwards_each)
-    return polished(steps, reviser, revision, strength, end_ids)
+    if in_blocks:
+        return polished_in_blocks(reviser, settings, revision, strength)
+    return polished(steps_of(predictor, canvas, layout, settings), reviser, revision, strength, end_ids)
 
 
 def _refuse_beside(what: str, asked: dict[str, object], *allowed: str) -> None:

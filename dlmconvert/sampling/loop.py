@@ -18,7 +18,7 @@ import torch
 from ..diffusion.randomness import SAMPLE_ORDER, counter_gumbel, counter_uniform
 from .blocks import Blocks, Layout, groups
 from .budget import READING, READS_U, Plan, least
-from .cache import Asked, is_block_model, open_reader
+from .cache import Asked, Reader, is_block_model, open_reader
 from .canvas import ROW, Canvas, Predictor
 from .draw import draw_tokens
 from .filters import ban, penalise_repetition
@@ -50,7 +50,8 @@ class Settings:
     logits_hook: Hook | None
 
 
-def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Settings) -> Iterator[Step]:
+def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Settings, reader: Reader | None = None) -> Iterator[Step]:
+    """reader: whoever answers, where that is not a new one (polish.py)."""
     keys_BL = canvas.row_keys_B[:, None].expand(canvas.tokens_BL.shape)
     masked_BL = canvas.masked_BL.clone()
     tokens_BL = canvas.tokens_BL.masked_fill(masked_BL, predictor.mask_token_id)
@@ -58,7 +59,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         tokens_BL, masked_BL = after_tokens_hook(settings.tokens_hook, None, tokens_BL, masked_BL, None, predictor.mask_token_id)
         layout = groups(canvas, masked_BL, settings.block_length, settings.num_steps)
     blocks = Blocks(layout, steps_bound=settings.tokens_hook is not None, eps=settings.eps)
-    reader = open_reader(
+    reader = reader or open_reader(
         predictor, canvas, layout, cache=settings.cache, block_length=settings.block_length, cfg_scale=settings.cfg_scale
     )
     hooked = settings.tokens_hook or settings.logits_hook
@@ -107,7 +108,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
                 tokens_BL, masked_BL = after_tokens_hook(
                     settings.tokens_hook, step, tokens_BL, masked_BL, logits_BLV, predictor.mask_token_id
                 )
-        given_back_BL = _after_end(tokens_BL, masked_BL, canvas.masked_BL, settings.end_ids)
+        given_back_BL = after_end(tokens_BL, masked_BL, canvas.masked_BL, settings.end_ids)
         if settings.end_ids:
             tokens_BL, masked_BL = tokens_BL.masked_fill(given_back_BL, settings.end_ids[0]), masked_BL & ~given_back_BL
         committed_BL = committed_BL & ~masked_BL  # a hook may have masked some again
@@ -177,7 +178,7 @@ def _disturbed(scores_BL: torch.Tensor, keys_BL: torch.Tensor, positions_BL: tor
     return scores_BL / settings.order_temperature + noise_BL
 
 
-def _after_end(tokens_BL: torch.Tensor, masked_BL: torch.Tensor, fillable_BL: torch.Tensor, end_ids: tuple[int, ...]) -> torch.Tensor:
+def after_end(tokens_BL: torch.Tensor, masked_BL: torch.Tensor, fillable_BL: torch.Tensor, end_ids: tuple[int, ...]) -> torch.Tensor:
     """Masked positions of rows whose first filled-in end token has nothing masked left of it."""
     if not end_ids:
         return torch.zeros_like(masked_BL)

@@ -15,11 +15,12 @@ so that the expected share of settled tokens stays alpha_s, as in training; at t
 
 `remdm`, `p2` and `wino` work with every masked model, though one that was trained on masks alone has never been asked to doubt a
 visible token. `gidd` and `edits` read the model's opinion of visible tokens and refuse models that were not trained for it. They
-first fill the canvas as the other settings say (loop.py), and then polish it.
+first fill the canvas as the other settings say (loop.py), and then polish it (polish.py).
 
 In blocks (a block model's own, or those that a bidirectional one is given) `remdm`, `p2` and `wino` run in one part of the row after
 the other (blocks.py), n and S being those of the part. What stands in earlier parts is final: in a block model its keys are stored, and
-all that came after was read from them. A row ends with the part that holds its end token.
+all that came after was read from them; so do the keys that `prefix` and `dual` keep of a bidirectional model, until the next part begins
+with a full forward (cache.py). A row ends with the part that holds its end token.
 
 WINO asks a second time in the same forward (shadow.py). Released settings are kept: at most clamp(0.7 n, 5, 20) tokens settle a step,
 none is doubted in a step that settles one, and fewer are masked again than settled in the step before, so that every block ends.
@@ -43,15 +44,13 @@ from .draw import draw_tokens
 from .filters import ban
 from .order import best, confidence
 from .predictions import places
-from .shadow import ShadowReader
+from .shadow import Shadow
 from .step import Step
 
 REVISIONS = {"remdm": 0.02, "p2": None, "wino": 0.9, "gidd": 0.1, "edits": 0.9}  # name -> default strength
 POLISHING = ("gidd", "edits")
-MOST_ROUNDS, PATIENCE = 128, 32  # of polishing; GIDD's settings
 _REMASK = 4  # one more key, so that these draws are another stream than those of the order
-# Corruptions whose models have learned to doubt visible tokens.
-_DOUBTERS = {"gidd": ("gidd", "uniform"), "edits": ("gidd", "uniform", "edit")}
+_DOUBTERS = ("gidd", "uniform", "edit")  # corruptions whose models have learned to doubt visible tokens
 
 
 def check_revision(revision: str, strength: float | None, predictor: Predictor) -> float | None:
@@ -62,7 +61,7 @@ def check_revision(revision: str, strength: float | None, predictor: Predictor) 
     if strength is not None and (default is None or not 0 <= strength <= 1):
         raise ValueError(f"revision_strength is {strength}; " + ("p2 has none" if default is None else "it must lie in [0, 1]"))
     trained = str(getattr(predictor, "corruption", "masking"))
-    if revision in _DOUBTERS and not any(word in trained for word in _DOUBTERS[revision]):
+    if revision in POLISHING and not any(word in trained for word in _DOUBTERS):
         raise ValueError(
             f"revision {revision!r} reads what the model thinks of visible tokens, and this one was trained with corruption {trained!r}:"
             " masks only, so it has never learned to doubt them; use remdm, p2 or wino"
@@ -206,57 +205,7 @@ def _over(now: Now) -> torch.Tensor:
     return now.part_BL & (now.step_B + 1 >= now.num_steps_B)[:, None]
 
 
-def polish(reviser: Reviser, revision: str, strength: float, first_step: int, num_rounds: int) -> Iterator[Step]:
-    """Rounds of gidd or edits on a finished canvas (reviser.masked_BL is all False), until nothing changes in any row.
-
-    gidd stops a row as well when its self-accuracy (the share of tokens that are the model's first choice) has not grown for PATIENCE
-    rounds.
-    """
-    rows = reviser.open_BL.shape[0]
-    active_B = torch.ones(rows, dtype=torch.bool, device=reviser.open_BL.device)
-    best_B, since_B = torch.full((rows,), -1.0, device=active_B.device), torch.zeros(rows, dtype=torch.int64, device=active_B.device)
-    own = {"temperature": strength} if revision == "gidd" else {"temperature": 0.0}
-    for round_number in range(num_rounds):
-        # Draws are keyed by the round: when the canvas was finished depends on the other rows.
-        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, **own)
-        if answer is None:
-            return
-        log_p_NV, x_hat_N, flat_N = answer
-        zeros_BL = torch.zeros(reviser.open_BL.shape, device=flat_N.device)
-        c_BL = reviser.spread(confidence(log_p_NV, x_hat_N), flat_N, zeros_BL)
-        wanted_BL = reviser.spread(x_hat_N, flat_N, reviser.tokens_BL)
-        differs_BL = wanted_BL != reviser.tokens_BL
-        if revision == "gidd":
-            is_first_BL = reviser.spread(log_p_NV.argmax(dim=-1), flat_N, torch.full_like(reviser.tokens_BL, -1)) == reviser.tokens_BL
-            accuracy_B = (is_first_BL & reviser.open_BL).sum(dim=1) / reviser.open_BL.sum(dim=1).clamp(min=1)
-            since_B = torch.where(accuracy_B > best_B, 0, since_B + 1)
-            best_B = torch.maximum(best_B, accuracy_B)
-            changes_BL = best(c_BL, differs_BL, torch.ones_like(since_B)) & (since_B < PATIENCE)[:, None]
-        else:
-            changes_BL = differs_BL & (c_BL >= strength)
-        active_B = changes_BL.any(dim=1)
-        if not bool(active_B.any()):
-            return
-        yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
-
-
-def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int]) -> Iterator[Step]:
-    """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it."""
-    last = None
-    for last in steps:
-        yield last
-    if last is None:
-        return
-    reviser.tokens_BL, reviser.masked_BL, reviser.nfe = last.tokens_BL, last.masked_BL, last.nfe
-    if end_ids:
-        ends = torch.tensor(list(end_ids), device=last.tokens_BL.device)
-        is_end_BL = torch.isin(last.tokens_BL, ends) & reviser.open_BL
-        reviser.open_BL = reviser.open_BL & (is_end_BL.cumsum(dim=1) == 0)
-        reviser.banned_ids = (*reviser.banned_ids, *end_ids)  # no new end in the middle
-    yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)
-
-
-def wino(reviser: Reviser, shadow: ShadowReader, threshold: float, doubt: float) -> Iterator[Step]:
+def wino(reviser: Reviser, shadow: Shadow, threshold: float, doubt: float) -> Iterator[Step]:
     """Parts from the left, each until it has no mask; see the table above."""
     number_BL, length = reviser.layout.number_BL, reviser.open_BL.shape[1]
     last_B = torch.full_like(reviser.canvas.row_keys_B, 30)
@@ -271,7 +220,7 @@ def wino(reviser: Reviser, shadow: ShadowReader, threshold: float, doubt: float)
         part_BL = reviser.open_BL & (number_BL == now_B[:, None])
         open_BL, stands_BL = part_BL & reviser.masked_BL, part_BL & ~reviser.masked_BL
         logits_NV = shadow.read(reviser.tokens_BL, open_BL, stands_BL, numbers)
-        reviser.nfe += 1
+        reviser.nfe += reviser.forwards_each
         log_p_NV, x_hat_N, flat_N = reviser.judge(logits_NV, _both(open_BL, stands_BL), step)
         c_N = confidence(log_p_NV, torch.where(open_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N]))
         c_BL = reviser.spread(c_N, flat_N, torch.zeros(open_BL.shape, device=flat_N.device))

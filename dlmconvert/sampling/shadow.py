@@ -4,8 +4,8 @@ Behind the columns of the canvas stands a shadow of the block, one mask for each
 the block's own column sees, without column i, and nothing of the shadow but itself: so it answers with p(x_i without x_i). Under
 `shift` it holds the place of i-1, whose hidden state predicts i. The canvas does not see the shadow. (WINO, arXiv 2507.18578.)
 
-A bidirectional model computes its whole row, a block model what the exact block cache computes (cache.py): the shadow's keys have slots
-behind the canvas, and are written over at the next step.
+The canvas computes the columns that its cache says (cache.py): the shadow's keys have slots behind the canvas, and are written over at the
+next step. Under `prefix` and `dual` it sees, like the block itself, the stored keys of the other columns.
 
 Shapes: B rows of the canvas, R of them still open, L columns, C columns of a forward on the canvas, W behind it, Q = C + W, K keys, N
 positions asked for (row-major), V vocabulary.
@@ -13,33 +13,52 @@ positions asked for (row-major), V vocabulary.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from ..diffusion.alignment import predicting_positions
 from ..diffusion.block_attention import BLOCK_PATTERNS, sees_at_inference
 from .blocks import Layout, row_lengths
+from .cache import GuidedReader, twice
 from .canvas import Canvas
 from .windows import WindowPredictor
 
 
-class ShadowReader:
-    """Who answers for canvas and shadow. block_length: of a block model's blocks. is_cached: with the exact block cache."""
+class Shadow(Protocol):
+    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+        """logits_NV: of the masked positions of each row's part (open_BL) by the canvas, then of the settled ones by the shadow.
 
-    def __init__(self, predictor: WindowPredictor, canvas: Canvas, layout: Layout, block_length: int | None, is_cached: bool):
+        parts: the part of each row; a row with neither is done."""
+        ...
+
+
+class ShadowReader:
+    """Who answers for canvas and shadow. block_length: of the parts, None for the whole row. cache: a name of cache.py."""
+
+    def __init__(self, predictor: WindowPredictor, canvas: Canvas, layout: Layout, block_length: int | None, cache: str):
         self.predictor, self.canvas, self.layout, self.block_length = predictor, canvas, layout, block_length
         pattern = getattr(predictor, "attention", "bidirectional")
         self.pattern = pattern if pattern in BLOCK_PATTERNS else None
         self.lag = int(predictor.alignment == "shift")
         self.rows = list(range(canvas.tokens_BL.shape[0]))
         self.ends = [begin + length for begin, length in zip(layout.begins, row_lengths(canvas), strict=True)]
-        self.num_stored = list(layout.begins)  # columns left of here are clean and stored
-        self.nowhere = canvas.tokens_BL.shape[1] + (block_length or 0)
-        self.store = predictor.new_store(len(self.rows), self.nowhere) if is_cached else None
+        self.cache = cache
+        self.num_stored = list(layout.begins)  # of a block model: columns left of here are clean and stored
+        self.part = [-1] * len(self.rows)  # of `prefix` and `dual`: the part whose full forward is stored
+        self.nowhere = canvas.tokens_BL.shape[1] + (block_length or canvas.tokens_BL.shape[1])
+        self.store = predictor.new_store(len(self.rows), self.nowhere) if cache != "none" else None
+
+    def _window(self, row: int, part: int) -> tuple[int, int]:
+        """The columns of the canvas that this row computes."""
+        span, begin, end = self.layout.spans[row][part], self.layout.begins[row], self.ends[row]
+        if self.pattern is not None:
+            return self.num_stored[row], span.first if span.opens else span.end
+        if self.store is None or self.part[row] != part:
+            return begin, end
+        return max(span.first - self.lag, begin), end if self.cache == "prefix" else span.end
 
     def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
-        """logits_NV: of the masked positions of each row's part (open_BL) by the canvas, then of the settled ones by the shadow.
-
-        parts: the part of each row; a row with neither is done."""
         device, length = tokens_BL.device, tokens_BL.shape[1]
         num_standing, alive = torch.stack([stands_BL.sum(dim=1), (open_BL | stands_BL).sum(dim=1)]).tolist()
         live = [row for row in self.rows if alive[row]]
@@ -47,10 +66,10 @@ class ShadowReader:
             self.store.keep_rows(torch.tensor([self.rows.index(row) for row in live], device=device))
         self.rows = live
         spans = [self.layout.spans[row][parts[row]] for row in live]
-        windows = [(self.layout.begins[row], self.ends[row]) for row in live]
-        if self.pattern is not None:
-            windows = [(self.num_stored[row], span.first if span.opens else span.end) for row, span in zip(live, spans, strict=True)]
+        windows = [self._window(row, parts[row]) for row in live]
+        reach = [self.ends[row] if self.pattern is None else end for row, (_, end) in zip(live, windows, strict=True)]
         first_R1, end_R1 = torch.tensor(windows, device=device).T[..., None]
+        reach_R1 = torch.tensor(reach, device=device)[:, None]
         begin_R1, origin_R1, noised_R1 = torch.tensor(
             [(self.layout.begins[row], self.layout.origins[row], span.first) for row, span in zip(live, spans, strict=True)], device=device
         ).T[..., None]
@@ -68,7 +87,7 @@ class ShadowReader:
 
         canvas_keys_RK = columns_RC if self.store is None else torch.arange(length, device=device).expand(len(live), -1)
         query, key = places_RQ[:, :, None], canvas_keys_RK[:, None, :]
-        seen_RQK = (key >= begin_R1[..., None]) & (key < end_R1[..., None])
+        seen_RQK = (key >= begin_R1[..., None]) & (key < reach_R1[..., None])
         if self.store is None:
             seen_RQK = seen_RQK & real_RC[:, None, :]
         if self.pattern is not None:
@@ -96,6 +115,28 @@ class ShadowReader:
         )
         if self.store is not None:
             for row, span in zip(live, spans, strict=True):
-                self.num_stored[row] = span.first
+                self.num_stored[row], self.part[row] = span.first, parts[row]
         of_shadow_N = kept_RQ.nonzero()[:, 1] >= width
         return torch.cat([logits_NV[~of_shadow_N], logits_NV[of_shadow_N]])
+
+
+class GuidedShadow:
+    """The same under classifier-free guidance (cache.py, GuidedReader). `shadow` has each row twice."""
+
+    def __init__(self, shadow: ShadowReader, guided: GuidedReader):
+        self.shadow, self.guided = shadow, guided
+
+    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+        both = torch.cat([tokens_BL, self.guided.unprompted(tokens_BL)])
+        logits_NV = self.shadow.read(both, torch.cat([open_BL] * 2), torch.cat([stands_BL] * 2), parts * 2)
+        num_open, num_standing = torch.stack([open_BL.sum(), stands_BL.sum()]).tolist()
+        cond_open, un_open, cond_shadow, un_shadow = logits_NV.to(torch.float32).split([num_open, num_open, num_standing, num_standing])
+        return self.guided.mixed(torch.cat([cond_open, cond_shadow]), torch.cat([un_open, un_shadow]))
+
+
+def open_shadow(predictor: WindowPredictor, canvas: Canvas, layout: Layout, *, cache: str, block_length: int | None, cfg_scale: float) -> Shadow:
+    """Whoever answers WINO. block_length: of the parts."""
+    if cfg_scale == 0:
+        return ShadowReader(predictor, canvas, layout, block_length, cache)
+    shadow = ShadowReader(predictor, twice(canvas), layout.twice(), block_length, cache)
+    return GuidedShadow(shadow, GuidedReader(None, canvas, predictor.mask_token_id, cfg_scale))

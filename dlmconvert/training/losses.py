@@ -149,15 +149,15 @@ def batch_loss(
         extras.noised_BS = torch.cat([masks_BL, torch.zeros_like(masks_BL)], dim=1) if context.has_two_streams else masks_BL
     if settings.alignment_weight or settings.teacher_kl:
         add_source(extras, settings, denoiser, x_0_BL, positions_BL, segments_BL, masked_BL, eligible_BL, weights_N, num_eligible)
-    if mixture is not None:
-        extras.score = gidd_score(mixture, x_0_N, *seen[::2], weights_N, denoiser.mask_token_id, denoiser.vocab_size)
 
     if context.has_two_streams:
         loss, sums = _two_stream_loss(
             engine, context, (x_0_BL, x_t_BL, positions_BL), (masked_BL, starts_BL, eligible_BL), weights_N, t_BL, normaliser,
-            num_eligible, ar_weight, extras,
+            num_eligible, ar_weight, extras, mixture,
         )  # fmt: skip
     else:
+        if mixture is not None:
+            extras.score = gidd_score(mixture, x_0_N, *seen[::2], weights_N, denoiser.mask_token_id, denoiser.vocab_size)
         with engine.autocast():
             loss, values = denoiser(x_t_BL, masked_BL, positions_BL, context, weights_N, x_0_N, extras=extras)
         with torch.no_grad():
@@ -177,10 +177,13 @@ def batch_loss(
         sums["router_balance"] /= num_micro_batches
     if x_edit_BL is None:
         return loss, sums
-    # Edits (Seed Diffusion, arXiv 2508.02193): every token of a row with some wrong ones is asked for, the right ones too.
-    weights_N = torch.full((int(eligible_BL.sum()),), 1 / num_eligible, device=engine.device)
+    # Edits (Seed Diffusion, arXiv 2508.02193): every token of a row with some wrong ones is asked for, the right ones too. A block model
+    # reads edited blocks behind clean ones; first tokens that the clean copy predicts are never edited.
+    asked_BL = eligible_BL if starts_BL is None else eligible_BL & ~starts_BL
+    weights_N = torch.full((int(asked_BL.sum()),), 1 / num_eligible, device=engine.device)
+    clean = (x_0_BL, torch.zeros_like(asked_BL)) if context.has_two_streams else ()
     with engine.autocast():
-        edit_loss, _ = denoiser(x_edit_BL, eligible_BL, positions_BL, context, weights_N, x_0_BL[eligible_BL])
+        edit_loss, _ = denoiser(x_edit_BL, asked_BL, positions_BL, context, weights_N, x_0_BL[asked_BL], *clean)
     sums["edit_loss"] = float(edit_loss.detach())
     return loss + edit_loss, sums | {"loss": sums["loss"] + sums["edit_loss"], "predicted": sums["predicted"] + weights_N.numel()}
 
@@ -196,8 +199,10 @@ def _two_stream_loss(
     num_eligible: int,
     ar_weight: float,
     extras: Extras,
+    mixture: gidd.Mixture | None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """rows: x_0_BL, x_t_BL, positions_BL. targets: masked_BL, starts_BL, eligible_BL. weights_N: of the masked ones, normalised.
+    mixture: of `gidd`, whose divergences take the place of CE in the noised copy.
 
     One forward and one head for both copies: the weights say what a prediction of the clean copy counts for.
     """
@@ -208,15 +213,20 @@ def _two_stream_loss(
     weights_BL = torch.zeros(x_0_BL.shape, dtype=weights_N.dtype, device=weights_N.device).masked_scatter(masked_BL, weights_N)
     clean_weights_BL = starts_BL.to(weights_N.dtype) / normaliser + next_BL * (ar_weight / num_eligible)
     chosen_BS = torch.cat([masked_BL, clean_BL], dim=1)
+    weights_S, x_0_S = torch.cat([weights_BL, clean_weights_BL], dim=1)[chosen_BS], torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS]
+    mask_id, is_mask_BL, elbo_BL = engine.denoiser.mask_token_id, masked_BL, 1 / t_BL
+    if mixture is not None:
+        x_t_S, t_S = (torch.cat(pair, dim=1)[chosen_BS] for pair in ((x_t_BL, x_0_BL), (t_BL, torch.full_like(t_BL, 0.5))))
+        noised_S = torch.cat([masked_BL, torch.zeros_like(masked_BL)], dim=1)[chosen_BS]
+        extras.score = gidd_score(mixture, x_0_S, x_t_S, t_S, weights_S, mask_id, engine.denoiser.vocab_size, noised_S)
+        is_mask_BL, elbo_BL = masked_BL & (x_t_BL == mask_id), gidd.elbo_weights(x_t_BL, x_0_BL, t_BL, mixture, mask_id)
     with engine.autocast():
-        loss, ce_N = engine.denoiser(
-            x_t_BL, masked_BL, positions_BL, context, torch.cat([weights_BL, clean_weights_BL], dim=1)[chosen_BS],
-            torch.cat([x_0_BL, x_0_BL], dim=1)[chosen_BS], x_0_BL, clean_BL, extras,
-        )  # fmt: skip
+        loss, values = engine.denoiser(x_t_BL, masked_BL, positions_BL, context, weights_S, x_0_S, x_0_BL, clean_BL, extras)
     with torch.no_grad():
-        ce_BL, clean_ce_BL = torch.zeros(chosen_BS.shape, device=ce_N.device).masked_scatter(chosen_BS, ce_N).chunk(2, dim=1)
-        starts_ce = (clean_ce_BL * starts_BL).sum()
-        values = [loss.detach(), ((ce_BL / t_BL).sum() + starts_ce) / num_eligible, ce_BL.sum()]
-        values = torch.stack([*values, (clean_ce_BL * next_BL).sum() / num_eligible]).tolist()
-    sums = {"loss": values[0], "nelbo": values[1], "ce_sum": values[2], "masked": float(masked_BL.sum()), "predicted": float(ce_N.numel())}
-    return loss, sums | ({"ar_nll": values[3]} if ar_weight > 0 else {})
+        loss_N, ce_N = (values, values) if mixture is None else values
+        (loss_BL, _), (ce_BL, clean_ce_BL) = (torch.zeros(chosen_BS.shape, device=x.device).masked_scatter(chosen_BS, x).chunk(2, dim=1) for x in (loss_N, ce_N))
+        nelbo = ((loss_BL * elbo_BL).sum() + (clean_ce_BL * starts_BL).sum()) / num_eligible
+        found = [loss.detach(), nelbo, (ce_BL * is_mask_BL).sum(), is_mask_BL.sum(), (clean_ce_BL * next_BL).sum() / num_eligible]
+        *values, ar_nll = torch.stack(found).tolist()
+    sums = dict(zip(("loss", "nelbo", "ce_sum", "masked"), values, strict=True)) | {"predicted": float(ce_N.numel())}
+    return loss, sums | ({"ar_nll": ar_nll} if ar_weight > 0 else {})

@@ -25,13 +25,19 @@ def gidd_mixture(settings: Any, denoiser: Any) -> gidd.Mixture:
 
 
 def gidd_score(
-    mixture: gidd.Mixture, x_0_N: torch.Tensor, x_t_N: torch.Tensor, t_N: torch.Tensor, weights_N: torch.Tensor, mask_token_id: int, vocab_size: int
-) -> Score:
-    """sum_i w_i (KL_i + IS_i); values: (KL + IS, CE)."""
+    mixture: gidd.Mixture, x_0_N: torch.Tensor, x_t_N: torch.Tensor, t_N: torch.Tensor, weights_N: torch.Tensor, mask_token_id: int, vocab_size: int,
+    noised_N: torch.Tensor | None = None,
+) -> Score:  # fmt: skip
+    """sum_i w_i (KL_i + IS_i); values: (KL + IS, CE). noised_N: which targets are noised tokens (None: all); the others are next tokens of a
+    clean copy, sum_i w_i CE_i as everywhere else, the mask in the softmax; values: CE twice."""
 
     def score(logits_CV: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
         kl_C, is_C, ce_C = gidd.divergences(logits_CV, x_0_N[chunk], x_t_N[chunk], t_N[chunk], mixture, mask_token_id, vocab_size)
-        return (weights_N[chunk] * (kl_C + is_C)).sum(), torch.stack([kl_C + is_C, ce_C])
+        loss_C = kl_C + is_C
+        if noised_N is not None:
+            next_C = cross_entropy(logits_CV, x_0_N[chunk])
+            loss_C, ce_C = (torch.where(noised_N[chunk], of_noised_C, next_C) for of_noised_C in (loss_C, ce_C))
+        return (weights_N[chunk] * loss_C).sum(), torch.stack([loss_C, ce_C])
 
     return score
 

@@ -44,11 +44,11 @@ CONTRADICTIONS = {
     "under method.corruption.kind=gidd all tokens are targets": ["method.name=gidd", "method.attention.anneal_steps=", "method.objective.weight=unweighted"],
     "draws each by itself": ["method.name=gidd", "method.attention.anneal_steps=", "method.corruption.count=exact"],
     "or random tokens already": ["method.name=gidd", "method.attention.anneal_steps=", "method.corruption.edit_share=0.1"],
-    "corrects whole rows": ["method.name=nbdiff", "method.corruption.edit_share=0.1"],
     "belong together: set both": ["method.corruption.embedding_noise=0.1"],
     "judges levels of independent masks": ["method.corruption.band_search_steps=5", "method.corruption.count=exact"],
     "holds none back": ["method.corruption.band_search_steps=5", "data.validation=0"],
     "opens at masks, and this training has none": ["method.name=ar", "method.attention.anneal_steps=", "train.lora={gated: true}"],
+    "has no gradient under train.lora.gated=true": ["method.name=i-dlm", "method.attention.anneal_steps=3", "train.lora={gated: true}", "method.objective.ar_weight=0.2"],
     "is not for gated adapters": ["train.lora={gated: true, dropout: 0.1}"],
     "lie beside the layers": ["train.lora={gated: true}", "engine.name=deepspeed", "engine.zero_stage=3"],
     "compares one copy": ["method.name=nbdiff", "method.objective.alignment_weight=1"],
@@ -77,10 +77,17 @@ def test_contradictions(sentence):
         ["method.objective.teacher_kl=1", "method.objective.alignment_weight=2", "engine.name=deepspeed", "engine.zero_stage=2"],
         ["method.corruption.edit_share=0.1", "method.corruption.embedding_noise=0.1", "method.corruption.embedding_noise_steps=0.1"],
         ["method.name=nbdiff", "method.corruption.embedding_noise=0.1", "method.corruption.embedding_noise_steps=5"],
+        ["method.name=nbdiff", "method.attention.anneal_steps=3", "method.corruption.edit_share=0.1"],
+        ["method.name=i-dlm", "method.attention.anneal_steps=3", "method.corruption.edit_share=0.1"],
+        ["method.name=bd3lm", "method.attention.anneal_steps=", "method.attention.pattern=block_causal_noisy", "method.corruption.edit_share=0.1"],
+        ["method.name=bd3lm", "method.attention.anneal_steps=", "method.corruption.kind=gidd", "method.corruption.levels_per=block", "method.objective.weight=gidd_clamped"],
+        ["method.name=nbdiff", "method.attention.anneal_steps=3", "method.corruption.kind=gidd"],
+        ["method.name=efficient-dlm", "method.attention.anneal_steps=", "method.corruption.kind=gidd", "method.objective={weight: gidd_dynamic, normaliser: eligible}"],
         ["method.name=fast-dllm-v2", "method.attention.pattern=block_causal_noisy", "method.attention.anneal=block_growth", "method.attention.anneal_steps=5"],
         ["method.alignment=in_place", "method.corruption.noise_levels=antithetic", "train.rates.attention=2", "train.rates.head=0"],
         ["method.name=bd3lm", "method.attention.anneal_steps=", "method.attention.pattern=block_causal_noisy", "method.objective.teacher_kl=1", "method.objective.alignment_weight=1"],
         # What a row said for its own choice goes with that choice.
+        ["method.name=nbdiff", "method.attention.anneal_steps=3", "train.lora={gated: true}"],
         ["method.name=nemotron", "method.attention.anneal_steps=", "method.corruption.kind=all_masked", "method.objective.weight=unweighted"],
         ["method.name=llada2", "method.attention.anneal=block_growth", "method.attention.anneal_steps=5"],
         ["method.name=fast-dllm-v2", "method.attention.anneal_steps=", "method.attention.pattern=bidirectional"],
@@ -102,6 +109,15 @@ def test_what_belonged_to_a_choice_goes_with_it(tmp_path):
     for said in ("anneal_steps=0.5", "block_length=8"):
         with pytest.raises(UserError, match=said.partition("=")[0]):
             load_recipe(str(file), ["method.attention.anneal=none", "method.attention.pattern=bidirectional", f"method.attention.{said}"])
+
+
+def test_adapters_on_masks_only_need_no_loss_that_holds_the_next_token_path():
+    """It would have no gradient: the row's goes, and so does the file's when the command line asks for such adapters."""
+    for what, words in (("qwen3-8b-i-dlm", ["train.lora.gated=true"]), ("default", ["source.model=x", "method.name=tidar", "train.lora={gated: true}"])):
+        assert load_recipe(what, words[:-1]).method.objective.ar_weight > 0
+        assert load_recipe(what, words).method.objective.ar_weight == 0
+        with pytest.raises(UserError, match="has no gradient"):
+            load_recipe(what, [*words, "method.objective.ar_weight=0.2"])
 
 
 def test_each_method_says_where_it_stands():

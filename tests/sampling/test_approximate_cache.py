@@ -22,21 +22,23 @@ class StaleModel:
         self.denoiser, self.stored = denoiser, None
 
     @torch.no_grad()
-    def logits(self, state: list[int], window: range | None) -> torch.Tensor:
-        """logits_LV; of a window only its own rows mean anything. window None: the full forward, which is remembered."""
+    def logits(self, state: list[int], window: range | None, held: tuple[int, ...] = ()) -> torch.Tensor:
+        """logits_LV; of a window only its own rows mean anything. window None: the full forward, which is remembered. Behind them a row for
+        each of `held`: of a mask in its place that sees all columns but that one, and itself."""
         from transformers.cache_utils import Cache, DynamicLayer
 
         model, whole = self.denoiser.model, list(range(len(state)))
-        stored = self.stored
+        stored, lag = self.stored, int(self.denoiser.alignment == "shift")
 
         class Layer(DynamicLayer):
             def update(self, keys, values, *args, **kwargs):
                 if window is not None:
                     old_keys, old_values = stored[self.number]
                     old_keys, old_values = old_keys.clone(), old_values.clone()
-                    old_keys[:, :, list(window)], old_values[:, :, list(window)] = keys, values
-                    keys, values = old_keys, old_values
-                self.now = keys.clone(), values.clone()
+                    own = len(window)
+                    old_keys[:, :, list(window)], old_values[:, :, list(window)] = keys[:, :, :own], values[:, :, :own]
+                    keys, values = torch.cat([old_keys, keys[:, :, own:]], 2), torch.cat([old_values, values[:, :, own:]], 2)
+                self.now = keys[:, :, : len(whole)].clone(), values[:, :, : len(whole)].clone()
                 return keys, values
 
             def get_seq_length(self):
@@ -46,14 +48,18 @@ class StaleModel:
         for number, layer in enumerate(layers):
             layer.number = number
         columns = whole if window is None else list(window)
+        seen = torch.zeros(len(columns) + len(held), len(whole) + len(held), dtype=torch.bool)
+        seen[:, : len(whole)] = True
+        for number, i in enumerate(held):
+            seen[len(columns) + number, i], seen[len(columns) + number, len(whole) + number] = False, True
         logits_QV = model(
-            input_ids=torch.tensor([[state[i] for i in columns]]), position_ids=torch.tensor([columns]), use_cache=True,
-            **{cache_argument(type(model)): Cache(layers=layers)}, attention_mask=torch.zeros(1, 1, len(columns), len(whole)),
+            input_ids=torch.tensor([[state[i] for i in columns] + [MASK] * len(held)]), position_ids=torch.tensor([columns + [i - lag for i in held]]), use_cache=True,
+            **{cache_argument(type(model)): Cache(layers=layers)}, attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
         ).logits[0]  # fmt: skip
         self.stored = [layer.now for layer in layers]
         logits_LV = torch.full((len(state), logits_QV.shape[1]), float("nan"))
-        logits_LV[columns] = logits_QV
-        return logits_LV
+        logits_LV[columns] = logits_QV[: len(columns)]
+        return torch.cat([logits_LV, logits_QV[len(columns) :]])
 
 
 def slow_cached_decoder(denoiser, row, kind, block_length) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, fails, stage_state, works, write_corpus
+from command_line import SMALL, SMALL_EXPORT, SMALL_SFT, curve, fails, stage_state, works, write_corpus
 from memory_stream import SETTINGS, run
 from safetensors.torch import load_file
 from tiny_models import VOCAB, denoiser, rewritten
@@ -96,6 +96,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints, code_cac
     words = ["adapt", tiny_checkpoints["llama"], *SMALL, "run.folder=run", "method.name=i-dlm", "train.lora={rank: 4, alpha: 8, gated: true}"]
     works(*words)
     run_folder = Path("run")
+    assert "ar_nll" not in curve(run_folder / "adapt")[0], "no loss on a path that adapters do not touch"
     source, adapted = (load_file(run_folder / part / "model.safetensors") for part in ("source", "adapt/model"))
     assert source.keys() == adapted.keys() and all(torch.equal(source[name], adapted[name]) for name in source)
     spec = json.loads((run_folder / "adapt/model/config.json").read_text())["dlm"]
