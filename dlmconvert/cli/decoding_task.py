@@ -78,12 +78,12 @@ def _held_out_prompts(location: Any) -> list[list[int]]:
 
     from dlmconvert.backbone.load import load_tokenizer
     from dlmconvert.cli.console import ConsoleReporter
-    from dlmconvert.runs.evaluations import _held_out_rows
+    from dlmconvert.runs.evaluations import Subject, _held_out_rows
 
     if location.run is None:
         raise UserError(f"{location.path} is not in a run folder, so there is no held-out text", "", "name a file of prompts: --prompts FILE")
     with ExitStack() as stack:
-        rows = stack.enter_context(_held_out_rows(location, load_tokenizer(location.path), ConsoleReporter(), None, None))
+        rows = stack.enter_context(_held_out_rows(Subject(location, "cpu"), load_tokenizer(location.path), ConsoleReporter()))
         found = rows.rows(np.arange(min(rows.num_rows, 4 * _HELD_OUT_PROMPTS)))
         length = min(_HELD_OUT_PROMPT_LENGTH, found.tokens_BL.shape[1])
         whole = (found.segments_BL[:, :length] == found.segments_BL[:, :1]).all(dim=1)

@@ -35,7 +35,7 @@ SAMPLER = {
     "cache": _option(str, "prefix or dual: keep the keys of other blocks, approximately (bidirectional models); block: exactly (block models); none."),
     "draft_length": _option(int, "Self-speculation: draft so many tokens at once, verify them by the causal pass (models with an AR path).", min=1),
     "revision": _option(str, f"Settled tokens may change again: {', '.join(REVISIONS)}."),
-    "revision_strength": _option(float, "Of the revision: how often (remdm), or from which probability on (wino, edits).", min=0.0),
+    "revision_strength": _option(float, "Of the revision: how often (remdm), from which probability on (wino, edits), at which temperature (gidd).", min=0.0),
     "initial_length": _option(int, "Begin with so many masks and let the answer grow to --max-new-tokens (DAEDAL).", min=1),
     "helper": _option(str, "APD: a small AR model beside the converted one.", metavar="MODEL"),
     "helper_weight": _option(float, "The diffusion model's share beside the helper, 0 to 1; 0.5.", min=0.0, max=1.0),

@@ -126,7 +126,7 @@ def default_samplers(num_new: int, temperature: float, works: Callable[[dict[str
         choices += [{"alg": "confidence", "steps": num_new, "block_length": block, "cache": cache}]
         choices += [{"threshold": tau, "block_length": block, "cache": cache} for tau in (0.9, 0.7)]
     choices += [{"revision": "p2", "steps": some[-1]}, {"revision": "wino", "block_length": block}, {"revision": "wino", "block_length": block, "cache": "dual"}]
-    choices += [{"alg": "confidence", "steps": some[-1], "revision": revision} for revision in ("gidd", "edits")]
+    choices += [{"threshold": 0.9, "revision": revision} for revision in ("gidd", "edits")]  # of models that were trained to doubt
     choices += [{"draft_length": length} for length in (4, 8)] + [{"helper": SOURCE_AS_HELPER, "draft_length": 16}]
     # A block model takes its exact cache and its own block length by itself.
     choices += [{"threshold": 0.9, "cache": "block"}, {"threshold": 0.9, "cache": "none"}, {"revision": "wino", "cache": "block"}]

@@ -101,7 +101,7 @@ def polished_in_blocks(reviser: Reviser, settings: Settings, revision: str, stre
                 given_back_BL=step.given_back_BL | given_back_BL,
             )  # fmt: skip
             index += 1
-        opens = [number < len(spans) and spans[number].opens for spans, number in zip(layout.spans, [part] * len(layout.spans), strict=True)]
+        opens = [part < len(spans) and spans[part].opens for spans in layout.spans]
         reviser.open_BL = _before_end(reviser.tokens_BL, part_BL, end_ids) & ~torch.tensor(opens, device=part_BL.device)[:, None]
         for step in polish(reviser, revision, strength, index, MOST_ROUNDS):
             yield step

@@ -233,3 +233,6 @@ def test_from_the_command_line(revision, place, tiny_checkpoints, monkeypatch):
     words = ["sample", model, "--prompt", "the", "--max-new-tokens", 10, "--steps", 10, "--revision", revision, "--revision-strength", 0.01, "--temperature", 0, "--json"]
     texts = [json.loads(works(*words, "--cache", cache).out)["text"] for cache in ("block", "none")]
     assert texts[0] == texts[1]
+    if revision == "gidd":  # without --prompts: beginnings of the held-out rows
+        found = json.loads(works("bench", revision, "--new-tokens", 4, "--repeats", 1, "--samplers", "revision=gidd+threshold=0.9", "--json").out)
+        assert found["samplers"][1]["num_tokens"] == 4 * found["prompts"] > 0
