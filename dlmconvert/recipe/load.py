@@ -190,7 +190,8 @@ LEFTOVERS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("corruption.kind", lambda kind: kind != "gidd", ("corruption.uniform_share",)),
     ("corruption.kind", lambda kind: kind != "masking", tuple(f"corruption.{name}" for name in ("count", "views", "levels_per", "half_life"))),
-    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels")),
+    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels", "corruption.rise_steps", "corruption.rise_from")),
+    ("corruption.rise_steps", lambda steps: steps is None, ("corruption.rise_from",)),
     ("corruption.edit_share", lambda share: share == 0, ("corruption.edit_steps",)),
     ("objective.weight", lambda weight: weight != "cart", ("objective.cart_p",)),
 )  # fmt: skip
