@@ -3,7 +3,10 @@
 Each variant is an `adapt` run of its own, resumable: run the same command again after an interruption. The first one is the yardstick
 (`diffullama`); what it reaches at its end is the target of the others. Prints a table and writes a plot of the curves.
 
-    python benchmarks/time_to_nelbo.py --checkpoint MODEL --train TEXT --validation TEXT --to FOLDER [--only NAME,NAME] [--scale 0.3] [--plot FILE]
+    python benchmarks/time_to_nelbo.py --checkpoint MODEL --train TEXT --validation TEXT --to FOLDER [--only NAME,NAME] [--seeds 0,1,2]
+        [--scale 0.3] [--plot FILE]
+
+With several seeds (order of the rows, noise) each line is their mean, and the NELBO of each stands behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ UNWEIGHTED = (*AT_ONCE, "method.objective.weight=unweighted", "method.objective.
 STABLE = ("train.schedule=wsd", "train.decay_fraction=0.3")
 QUIET = ("method.corruption.count=exact", "method.corruption.noise_levels=stratified", "train.betas=[0.8,0.999]")
 
+WINDOW = ("method.attention.anneal=window", "method.attention.anneal_steps=0.6")
+PIECES = ("method.attention.anneal=pieces", "method.attention.anneal_steps=0.56")
+RISING = ("method.corruption.rise_steps=0.375",)
 NOISY_BLOCKS = ("method.attention.pattern=block_causal_noisy", "method.attention.block_length=16")
 AR_BLOCKS = ("method.attention.pattern=context_causal", "method.attention.block_length=16", "method.objective.ar_weight=0.5")
 
@@ -38,6 +44,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "+ warm-up stable decay": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE),
     "+ exact counts and beta 0.8": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
     "the same from half the tokens": (*small(2000), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET),
+    "+ a window over 0.6": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *WINDOW),
+    "+ noise that rises": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *WINDOW, *RISING),
+    "pieces for the window": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES),
+    "pieces and rising noise": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
+    "pieces in 1200 steps": (*small(1200), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     # Block models: another bound (each block behind clean text), and another kind of model.
     "blocks of 16 (noisy context)": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
     "the same in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
@@ -54,18 +65,26 @@ def scaled(words: tuple[str, ...], scale: float) -> tuple[str, ...]:
     """The same with so many times the steps: of training, warm-up and annealing."""
     counts = ("train.steps", "train.warmup_steps", "method.attention.anneal_steps")
     pairs = [word.split("=", 1) for word in words]
-    return tuple(f"{key}={max(1, round(int(value) * scale)) if key in counts and value != 'null' else value}" for key, value in pairs)
+    return tuple(f"{key}={max(1, round(int(value) * scale)) if key in counts and value.isdigit() else value}" for key, value in pairs)
 
 
-def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace) -> dict:
+def train_seeds(name: str, words: tuple[str, ...], arguments: argparse.Namespace) -> dict:
+    """The mean over the seeds; the error is the largest standard error over rows of one of them."""
+    found = [train(name, words, arguments, seed) for seed in arguments.seeds.split(",")]
+    mean = {key: sum(one[key] for one in found) / len(found) for key in ("nelbo", "tokens", "seconds")}
+    curve = [(points[0][0], sum(value for _, value in points) / len(points)) for points in zip(*(one["curve"] for one in found), strict=True)]
+    return {"name": name, **mean, "error": max(one["error"] for one in found), "curve": curve, "each": [one["nelbo"] for one in found]}
+
+
+def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace, seed: str) -> dict:
     """Run (or continue, or read) one variant: its curve, seconds of training without validation, tokens."""
-    folder = Path(arguments.to) / "".join(c if c.isalnum() else "-" for c in name).strip("-")
+    folder = Path(arguments.to) / ("".join(c if c.isalnum() else "-" for c in name).strip("-") + ("" if seed == "0" else f"-seed-{seed}"))
     validate = f"train.validate_steps={arguments.validate_steps * (4 if words[0] == small(0)[0] else 1)}"
     common = [word for word in COMMON if word.split("=")[0] not in {w.split("=")[0] for w in words}]
     common, words = scaled(tuple(common), arguments.scale), scaled(words, arguments.scale)
     command = [
         sys.executable, "-c", START, "adapt", arguments.checkpoint, f"data.train={arguments.train}", f"data.validation={arguments.validation}",
-        *common, *words, *arguments.words, validate, f"run.folder={folder}",
+        *common, *words, *arguments.words, validate, f"train.seed={seed}", f"run.folder={folder}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
@@ -89,6 +108,7 @@ def main() -> None:
     for name in ("checkpoint", "train", "validation", "to"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--only", help="names of variants, with a comma between")
+    parser.add_argument("--seeds", default="0", help="of train.seed, with a comma between")
     parser.add_argument("--validate-steps", type=int, default=50)
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every variant, for a smaller budget")
     parser.add_argument("--plot", help="a PNG")
@@ -98,12 +118,13 @@ def main() -> None:
     results = []
     print(f"{'variant':28} {'NELBO':>8} {'+-':>6} {'tokens':>10} {'of first':>9} {'seconds':>8} {'of first':>9}")
     for name in chosen:
-        found = train(name, VARIANTS[name], arguments)
+        found = train_seeds(name, VARIANTS[name], arguments)
         results.append(found)
         first = results[0]
         print(
             f"{name:28} {found['nelbo']:8.3f} {found['error']:6.3f} {found['tokens']:10,.0f} {found['tokens'] / first['tokens']:9.3f} "
-            f"{found['seconds']:8.1f} {found['seconds'] / first['seconds']:9.3f}",
+            f"{found['seconds']:8.1f} {found['seconds'] / first['seconds']:9.3f}"
+            + ("  " + " ".join(f"{value:.3f}" for value in found["each"]) if len(found["each"]) > 1 else ""),
             flush=True,
         )
     if arguments.plot:

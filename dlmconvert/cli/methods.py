@@ -61,7 +61,7 @@ def axes(choices: dict) -> list[tuple[str, str]]:
     method = Method.model_validate(choices)
     attention, corruption, objective = method.attention, method.corruption, method.objective
     path = {
-        "none": "at once", "random": "annealed at random pairs", "window": "annealed by a growing window",
+        "none": "at once", "random": "annealed at random pairs", "window": "annealed by a growing window", "pieces": "in pieces of rows that grow",
         "block_growth": "growing from 1", "warm_up_stable_decay": "growing to the row and back",
     }[attention.anneal]  # fmt: skip
     if attention.block_length is not None:
@@ -74,6 +74,8 @@ def axes(choices: dict) -> list[tuple[str, str]]:
         noise += " in [{:g}, {:g}]".format(*corruption.band)
     if corruption.band_search_steps is not None:
         noise += f", its band looked for every {corruption.band_search_steps} steps"
+    if corruption.rise_steps is not None:
+        noise += f", the highest rising from {corruption.rise_from:g} over {_steps(corruption.rise_steps)}"
     extras = {"bernoulli": "", "at_least_one": ", at least one mask", "exact": ", exact counts"}[corruption.count]
     extras += " a block" if corruption.levels_per == "block" else ""
     extras += f", late in the block (half-life {corruption.half_life:g})" if corruption.half_life is not None else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from dlmconvert.diffusion.corruption import complement, draw_masks, edit_tokens,
 from dlmconvert.diffusion.gidd import Mixture as GiddMixture
 from dlmconvert.diffusion.gidd import draw_tokens, random_tokens
 from dlmconvert.diffusion.randomness import EDIT, MASK, NOISE_LEVEL, RANDOM_TOKEN, SOURCE_CHOICE, counter_uniform, permutation
-from dlmconvert.diffusion.schedules import noise_levels
+from dlmconvert.diffusion.schedules import noise_levels, noise_share
 from dlmconvert.diffusion.streams import block_starts
 
 PERIOD = 1000
@@ -149,7 +149,7 @@ class BatchStream:
 
     levels_per: `row`, or `block`: a noise level for each block of `block_length(step)` tokens (counted from the start of a document where
     position ids are), spread over all blocks of the global batch. uniform_share: of `gidd`. vocab_size: tokens of text, from which random
-    ones are drawn. edit_share: largest share of a row that is replaced in x_edit_BL, from step `edit_from` on; 0 for no edits. half_life: of `diffusion.corruption.late_in_block`, None for uniform
+    ones are drawn. rise_steps, rise_from: of `diffusion.schedules.noise_share`. piece_length: of a step, tokens of the pieces that rows are cut into; the noise stays that of the row. edit_share: largest share of a row that is replaced in x_edit_BL, from step `edit_from` on; 0 for no edits. half_life: of `diffusion.corruption.late_in_block`, None for uniform
     masks. block_length: None where there are no blocks. has_clean_copy: of a block pattern, that the clean copy of a row goes beside the noised one,
     so that under `shift` it predicts the first tokens of blocks.
     """
@@ -177,6 +177,9 @@ class BatchStream:
         vocab_size: int = 0,
         edit_share: float = 0.0,
         edit_from: int = 0,
+        rise_steps: int = 0,
+        rise_from: float = 1.0,
+        piece_length: Callable[[int], int] | None = None,
     ):
         assert corruption_kind in ("masking", "gidd", "all_masked", "none"), corruption_kind
         assert levels_per == "row" or block_length is not None
@@ -191,6 +194,8 @@ class BatchStream:
         self._num_tokens = vocab_size - (0 <= mask_token_id < vocab_size)
         self._gidd = GiddMixture(uniform_share, self._num_tokens) if corruption_kind == "gidd" else None
         self._edit_share, self._edit_from = edit_share, edit_from
+        self._rise_steps, self._rise_from = rise_steps, rise_from
+        self._piece_length = piece_length
         self._count = count
         self._levels_per_block = levels_per == "block"
         self._half_life = half_life
@@ -209,8 +214,10 @@ class BatchStream:
         assert 0 <= start < stop <= self.rows_per_step, (start, stop, self.rows_per_step)
         ids = self._ids(step, start, stop)
         rows = self._read(*ids)
+        whole_BL = rows.segments_BL
+        rows = replace(rows, segments_BL=self._cut(step, whole_BL))
         eligible_BL = rows.eligible_BL & predictable(rows.segments_BL, self._alignment)
-        positions_BL = positions(rows.segments_BL, self._isolated)
+        positions_BL = positions(whole_BL, self._isolated)
         starts_BL = self._starts(step, eligible_BL, positions_BL)
         masked_BL, t_BL = self._masks(step, start, stop, ids, eligible_BL, starts_BL, positions_BL)
         x_t_BL = rows.tokens_BL
@@ -219,19 +226,26 @@ class BatchStream:
             x_t_BL = draw_tokens(x_t_BL, masked_BL, t_BL, u_BL, v_BL, self._gidd, self._mask_token_id)
         elif self._kind != "none":
             x_t_BL = x_t_BL.masked_fill(masked_BL, self._mask_token_id)
-        return Batch(
+        batch = Batch(
             step=step,
             x_0_BL=rows.tokens_BL,
             x_t_BL=x_t_BL,
             masked_BL=masked_BL,
             eligible_BL=eligible_BL,
             t_BL=t_BL.to(torch.float32),
-            segments_BL=rows.segments_BL if self._has_segments else None,
+            segments_BL=whole_BL if self._has_segments else None,
             positions_BL=positions_BL,
             row_ids=list(zip(*(column.tolist() for column in ids), strict=True)),
             starts_BL=starts_BL,
             x_edit_BL=self._edited(step, ids, rows.tokens_BL, eligible_BL if starts_BL is None else eligible_BL & ~starts_BL),
         )
+        return batch if self._piece_length is None else in_pieces(batch, self._piece_length(step))
+
+    def _cut(self, step: int, segments_BL: torch.Tensor) -> torch.Tensor:
+        """The same with a document of its own for each piece: under `shift` nothing predicts its first token."""
+        if self._piece_length is None:
+            return segments_BL
+        return segments_BL * segments_BL.shape[1] + torch.arange(segments_BL.shape[1]) // self._piece_length(step)
 
     def _edited(self, step: int, ids: Ids, tokens_BL: torch.Tensor, eligible_BL: torch.Tensor) -> torch.Tensor | None:
         """Clean rows with edits, a ~ U[0, edit_share) of those eligible tokens that may be noised."""
@@ -250,8 +264,9 @@ class BatchStream:
         """Eligible tokens of the whole global batch, the divisor of the loss; every rank computes the same, without tokens."""
         stores = self.mixture.stores
         if not self._has_segments and all(store.all_eligible for store in stores):
-            return self.rows_per_step * (self.mixture.row_length - (self._alignment == "shift"))
-        return int(self._eligible(self._ids(step, 0, self.rows_per_step))[0].sum())
+            pieces = 1 if self._piece_length is None else self.mixture.row_length // self._piece_length(step)
+            return self.rows_per_step * (self.mixture.row_length - pieces * (self._alignment == "shift"))
+        return int(self._eligible(step, self._ids(step, 0, self.rows_per_step))[0].sum())
 
     def num_masked(self, step: int) -> int:
         """Targets of the whole global batch, a divisor of published losses; every rank draws all masks anew, without tokens."""
@@ -259,7 +274,7 @@ class BatchStream:
         for start in range(0, self.rows_per_step, COUNTED_ROWS):
             stop = min(start + COUNTED_ROWS, self.rows_per_step)
             ids = self._ids(step, start, stop)
-            eligible_BL, segments_BL = self._eligible(ids)
+            eligible_BL, segments_BL = self._eligible(step, ids)
             positions_BL = positions(segments_BL, self._isolated)
             starts_BL = self._starts(step, eligible_BL, positions_BL)
             masked_BL, _ = self._masks(step, start, stop, ids, eligible_BL, starts_BL, positions_BL)
@@ -312,6 +327,7 @@ class BatchStream:
         """(groups_BL, levels_BG): which level holds at each position, and the levels of these rows."""
         num_slots = self.rows_per_step // self._rows_per_slot
         low, high = self.band or self._range
+        high = low + (high - low) * noise_share(step, self._rise_steps, self._rise_from)
         groups_BL = self.groups(step, positions_BL)
         if not self._levels_per_block:
             levels = noise_levels(self._seed, step, num_slots, low, self._noise_levels, high)
@@ -332,7 +348,7 @@ class BatchStream:
         # Blocks are numbered along the row; documents that begin inside of it make more of them than the grid has.
         return block_starts(positions_BL, self.block_length(step)).cumsum(1) - 1
 
-    def _eligible(self, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+    def _eligible(self, step: int, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         """(eligible_BL, segments_BL) of these rows, without reading their tokens."""
         sources_B, _, rows_B = ids
         shape = (len(rows_B), self.mixture.row_length)
@@ -341,7 +357,7 @@ class BatchStream:
             here_B = sources_B == source
             store, indices = self.mixture.stores[source], rows_B[here_B]
             segments = store.segments(indices)
-            eligible_BL[torch.from_numpy(here_B)] = store.eligible(indices) & predictable(segments, self._alignment)
+            eligible_BL[torch.from_numpy(here_B)] = store.eligible(indices) & predictable(self._cut(step, segments), self._alignment)
             segments_BL[torch.from_numpy(here_B)] = segments
         return eligible_BL, segments_BL
 
@@ -356,6 +372,13 @@ class BatchStream:
             tokens_BL[places_B], eligible_BL[places_B] = rows.tokens_BL, rows.eligible_BL
             segments_BL[places_B] = rows.segments_BL
         return Rows(tokens_BL, eligible_BL, segments_BL)
+
+
+def in_pieces(batch: Batch, length: int) -> Batch:
+    """The same tokens in row-major order, in rows of `length`; position ids stay. row_ids are those of the whole rows."""
+    names = ("x_0_BL", "x_t_BL", "masked_BL", "eligible_BL", "t_BL", "segments_BL", "positions_BL", "x_edit_BL")
+    values = {name: getattr(batch, name) for name in names}
+    return replace(batch, **{name: None if value is None else value.expand(batch.x_0_BL.shape).reshape(-1, length) for name, value in values.items()})
 
 
 def positions(segments_BL: torch.Tensor, isolated: bool) -> torch.Tensor:

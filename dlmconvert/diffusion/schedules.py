@@ -35,6 +35,15 @@ def noise_levels(seed: int, step: int, num_rows: int, low: float, kind: str, hig
     return (high - low) * u_B + low
 
 
+def noise_share(step: int, rise_steps: int, rise_from: float) -> float:
+    """Share of the range of noise levels, from its low end, that optimizer step `step` (from 0) draws from: from `rise_from` in a straight
+    line to 1 at step `rise_steps`.
+
+    An AR model has little to learn from a row that is nearly clean, and forgets much under one that is nearly all masks: few masks first.
+    """
+    return 1.0 if step >= rise_steps else rise_from + (1 - rise_from) * step / rise_steps
+
+
 def annealing_ratio(step: int, anneal_steps: int) -> float:
     """Share of the non-causal pairs that is open at optimizer step `step` (from 0): min(1, (step + 1) / anneal_steps).
 
@@ -54,7 +63,7 @@ def look_ahead_width(step: int, anneal_steps: int, length: int) -> int:
 def attention_at(step: int, *, anneal: str, anneal_steps: int, length: int, seed: int) -> AttentionContext:
     """The pattern of optimizer step `step` (from 0) on the way from causal to bidirectional attention of rows of `length`.
 
-    `none`: open at once. `random`: a drawn share of the future pairs (`annealing_ratio`). `window`: every future key within a
+    `none`: open at once (and `pieces`, where the rows themselves are shorter). `random`: a drawn share of the future pairs (`annealing_ratio`). `window`: every future key within a
     width that grows (`look_ahead_width`). From step `anneal_steps` - 1 on, all of them are the bidirectional pattern.
     """
     if anneal == "random":
@@ -63,13 +72,18 @@ def attention_at(step: int, *, anneal: str, anneal_steps: int, length: int, seed
     if anneal == "window":
         width = look_ahead_width(step, anneal_steps, length)
     else:
-        assert anneal == "none", anneal
+        assert anneal in ("none", "pieces"), anneal
     return AttentionContext(open_ratio=1.0, seed=seed, step=step, look_ahead=None if width >= length - 1 else width)
 
 
 def block_length_at(step: int, stages: tuple[tuple[int, int], ...]) -> int:
     """Block length at optimizer step `step` (from 0). stages: (first step, block length), ascending, the first at 0."""
     return [length for first, length in stages if first <= step][-1]
+
+
+def piece_share(piece_length: int, row_length: int) -> float:
+    """Share of the future pairs of a row that lie within its pieces."""
+    return 1.0 if piece_length == row_length else (piece_length - 1) / (row_length - 1)
 
 
 def open_share(context: AttentionContext, length: int) -> float:

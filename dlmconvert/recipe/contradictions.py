@@ -41,7 +41,7 @@ def method_contradictions(recipe: Recipe):
         yield "method.corruption.embedding_noise falls on masks, and method.corruption.kind=none has none: leave it out"
     if corruption.kind in ("none", "all_masked"):
         masks = "none" if corruption.kind == "none" else "all of them"
-        for name in ("noise_levels", "band", "count", "views", "levels_per", "half_life"):
+        for name in ("noise_levels", "band", "rise_steps", "count", "views", "levels_per", "half_life"):
             if _is_set(corruption, name):
                 yield f"method.corruption.{name} says how tokens are masked, and method.corruption.kind={corruption.kind} masks {masks}: leave it out"
     yield from _corruption_contradictions(corruption)
@@ -124,10 +124,16 @@ def _block_contradictions(recipe: Recipe):
         yield f"method.attention.pattern={attention.pattern} needs method.attention.block_length (4 to 32 are usual)"
     if not is_block and attention.block_length is not None:
         yield f"method.attention.block_length={attention.block_length} is for {blocks}, not for method.attention.pattern={attention.pattern}"
-    if is_block and attention.anneal in ("random", "window"):
+    if is_block and attention.anneal in ("random", "window", "pieces"):
         yield f"method.attention.anneal={attention.anneal} opens a one-stream pattern: with {attention.pattern} use block_growth, warm_up_stable_decay or none"
     if not is_block and attention.anneal in ("block_growth", "warm_up_stable_decay"):
-        yield f"method.attention.anneal={attention.anneal} changes the blocks of {blocks}: with {attention.pattern} use random, window or none"
+        yield f"method.attention.anneal={attention.anneal} changes the blocks of {blocks}: with {attention.pattern} use random, window, pieces or none"
+    if attention.anneal == "pieces":
+        if recipe.data.row_length % 8 or recipe.data.row_length < 32:
+            yield f"method.attention.anneal=pieces cuts rows into eighths: data.row_length={recipe.data.row_length} is no multiple of 8 from 32 on"
+        for name in ("embedding_noise", "band_search_steps"):
+            if _is_set(corruption, name):
+                yield f"method.corruption.{name} goes by whole rows, and method.attention.anneal=pieces cuts them: leave one of them out"
     if (attention.anneal == "warm_up_stable_decay") != (attention.decay_steps is not None):
         yield "method.attention.decay_steps and anneal=warm_up_stable_decay belong together: set both, or neither"
     elif attention.anneal == "warm_up_stable_decay" and attention.anneal_steps is not None:
@@ -196,8 +202,12 @@ def _corruption_contradictions(corruption: Corruption):
         yield f"method.corruption.band={list(band)} is not 0 < low <= high <= 1 (the weight is 1/t)"
     if corruption.band_search_steps is not None and (corruption.kind, corruption.count, corruption.views, corruption.half_life) != ("masking", "bernoulli", "single", None):
         yield "method.corruption.band_search_steps judges levels of independent masks: it needs kind=masking, count=bernoulli, views=single and no half_life"
+    if corruption.rise_steps is None and _is_set(corruption, "rise_from"):
+        yield "method.corruption.rise_from says where noise begins to rise, and method.corruption.rise_steps is not set: set both, or neither"
     if corruption.views != "complementary":
         return
+    if corruption.rise_steps is not None:
+        yield "method.corruption.views=complementary puts the second view at 1 - t, which is high where t is low: leave method.corruption.rise_steps out"
     if corruption.count != "bernoulli":
         yield (
             f"method.corruption.count={corruption.count} holds for one view only (the complement of l tokens of n has n - l, and may be "

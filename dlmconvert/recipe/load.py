@@ -194,7 +194,11 @@ LEFTOVERS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("corruption.kind", lambda kind: kind != "gidd", ("corruption.uniform_share",)),
     ("corruption.kind", lambda kind: kind != "masking", tuple(f"corruption.{name}" for name in ("count", "views", "half_life"))),
-    ("corruption.kind", lambda kind: kind in ("all_masked", "none"), ("corruption.band", "corruption.noise_levels", "corruption.levels_per")),
+    (
+        "corruption.kind", lambda kind: kind in ("all_masked", "none"),
+        tuple(f"corruption.{name}" for name in ("band", "noise_levels", "levels_per", "rise_steps", "rise_from")),
+    ),
+    ("corruption.rise_steps", lambda steps: steps is None, ("corruption.rise_from",)),
     ("corruption.edit_share", lambda share: share == 0, ("corruption.edit_steps",)),
     ("objective.weight", lambda weight: weight != "cart", ("objective.cart_p",)),
 )  # fmt: skip

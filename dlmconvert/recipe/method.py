@@ -16,8 +16,8 @@ class Attention(Section):
     """The pattern at the end of training. The last four train for decoding block after block. Three of them on [noised | clean] copies of each row: clean text sees whole blocks (`block_causal`, arXiv 2503.09573), or what is left of it (`context_causal`, arXiv 2512.06776), and so do the noised tokens among themselves (`causal_in_block`, arXiv 2604.11035). `block_causal_noisy` on the noised row alone, at the cost of one copy: in training a block sees the blocks before it as noised as itself, in decoding clean (the noisy context of arXiv 2512.14067's ablation)."""
     block_length: Annotated[int, Field(gt=0)] | None = None
     """Tokens in a block, of a block pattern: at the end of training, and in decoding."""
-    anneal: Literal["none", "random", "window", "block_growth", "warm_up_stable_decay"] = "none"
-    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row. Of block patterns: `block_growth`: blocks of 1, 2, 4, ... tokens (arXiv 2512.06776), `warm_up_stable_decay`: blocks of 1, 4, 32, 64 tokens and then the whole row, which stays, and shrinks to `block_length` by halves (arXiv 2512.15745)."""
+    anneal: Literal["none", "random", "window", "pieces", "block_growth", "warm_up_stable_decay"] = "none"
+    """`none`: at once. `random`: a drawn share of the non-causal pairs is open, growing to all (arXiv 2410.17891). `window`: each position sees so many positions ahead, growing to the whole row. `pieces`: rows are cut into eighths, then quarters, then halves, open within each and closed between them (short rows first, arXiv 2108.06084), for a third of `anneal_steps` each: also less work. Of block patterns: `block_growth`: blocks of 1, 2, 4, ... tokens (arXiv 2512.06776), `warm_up_stable_decay`: blocks of 1, 4, 32, 64 tokens and then the whole row, which stays, and shrinks to `block_length` by halves (arXiv 2512.15745)."""
     anneal_steps: Annotated[float, Field(gt=0)] | None = None
     """Optimizer steps until everything is open; below 1 a fraction of the stage's steps."""
     decay_steps: Annotated[float, Field(gt=0)] | None = None
@@ -45,6 +45,10 @@ class Corruption(Section):
     """[low, high] in place of [eps, 1], the weight kept (arXiv 2503.09573): no longer a bound. Validation uses the full range."""
     band_search_steps: Annotated[int, Field(gt=0)] | None = None
     """Every so many steps the band in which held-out text (`eval.rows` rows, `eval.draws` draws) has the loss of least variance is looked for and taken from there on (arXiv 2503.09573)."""
+    rise_steps: Annotated[float, Field(gt=0)] | None = None
+    """The first so many optimizer steps of `adapt` mask less: the highest noise level rises in a straight line from `rise_from` of the range to all of it. Below 1 a fraction. No bound until then; validation uses the full range."""
+    rise_from: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the range of noise levels that the first step draws from, of `rise_steps`."""
     count: Literal["bernoulli", "at_least_one", "exact"] = "bernoulli"
     """How many tokens of a row of n are masked: each with probability t; the same but never none; or l, uniform on 1..n, in place of t (weight n/l, the lowest variance; `eps` is not used)."""
     views: Literal["single", "complementary"] = "single"
@@ -117,9 +121,22 @@ def block_stages_of(attention: Attention, steps: int, row_length: int, is_anneal
     return warm_up_stable_decay_stages(length, row_length, steps, anneal_steps_of(attention, steps), _whole_steps(attention.decay_steps, steps))
 
 
+def piece_stages_of(attention: Attention, steps: int, row_length: int, is_annealed: bool = True) -> tuple[tuple[int, int], ...]:
+    """(first step, tokens in a piece) of each stage of `pieces`, ascending from step 0; empty where rows stay whole."""
+    if attention.anneal != "pieces" or not is_annealed:
+        return ()
+    anneal_steps = anneal_steps_of(attention, steps)
+    return tuple({i * anneal_steps // 3: row_length >> (3 - i) for i in range(4)}.items())  # of stages without a step the last counts
+
+
 def edits_from(corruption: Corruption, steps: int) -> int:
     """The first step (from 0) that trains on edits."""
     return max(0, steps - _whole_steps(corruption.edit_steps, steps))
+
+
+def rise_steps_of(corruption: Corruption, steps: int) -> int:
+    """Steps until the full range of noise levels is drawn from; 0: from the first on."""
+    return 0 if corruption.rise_steps is None else _whole_steps(corruption.rise_steps, steps)
 
 
 def embedding_noise_steps_of(corruption: Corruption, steps: int) -> int:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dlmconvert.errors import UserError
-from dlmconvert.recipe.method import Method, anneal_steps_of, block_stages_of, edits_from, embedding_noise_steps_of
+from dlmconvert.recipe.method import (
+    Method,
+    anneal_steps_of,
+    block_stages_of,
+    edits_from,
+    embedding_noise_steps_of,
+    piece_stages_of,
+    rise_steps_of,
+)
 from dlmconvert.recipe.optimization import Optimization
 from dlmconvert.runs.engines import SECTIONS
 from dlmconvert.runs.stage import StageContext
@@ -185,12 +193,14 @@ def consolidate(context: StageContext, stage: str, step: int, folder: Path) -> N
 
 def _open_ratio_at(job: TrainingJob, step: int, row_length: int) -> float:
     """Share of the future pairs that was open in the last of `step` steps."""
-    from dlmconvert.diffusion.schedules import open_share
+    from dlmconvert.diffusion.schedules import block_length_at, open_share, piece_share
     from dlmconvert.training.losses import context_of
 
     if job.method.attention.pattern == "causal":
         return 0.0
-    return open_share(context_of(loop_settings_of(job, row_length), step - 1), row_length)
+    pieces = piece_stages_of(job.method.attention, job.settings.steps, row_length, job.anneal)
+    share = piece_share(block_length_at(step - 1, pieces), row_length) if pieces else 1.0
+    return share * open_share(context_of(loop_settings_of(job, row_length), step - 1), row_length)
 
 
 def band_search(context: StageContext, job: TrainingJob, spec: Any) -> Any:
@@ -200,7 +210,7 @@ def band_search(context: StageContext, job: TrainingJob, spec: Any) -> Any:
     corruption, evaluation = job.method.corruption, context.recipe.eval
     if corruption.band_search_steps is None or job.validation is None:
         return None
-    whole = job.method.model_copy(update={"corruption": corruption.model_copy(update={"band": None, "noise_levels": "stratified", "edit_share": 0.0})})
+    whole = job.method.model_copy(update={"corruption": corruption.model_copy(update={"band": None, "noise_levels": "stratified", "edit_share": 0.0, "rise_steps": None})})
     rows = min(evaluation.rows, job.validation.num_rows)
     held = replace(job, stores=[job.validation], weights=[1.0], method=whole, settings=job.settings.model_copy(update={"rows_per_step": rows}))
     return BandSearch(batch_stream(held, spec), evaluation.draws, corruption.band_search_steps, corruption.eps)
@@ -214,6 +224,7 @@ def batch_stream(job: TrainingJob, spec: Any) -> Any:
 
     settings, method = job.settings, job.method
     stages = block_stages_of_job(job, job.stores[0].row_length)
+    pieces = piece_stages_of(method.attention, settings.steps, job.stores[0].row_length, job.anneal)
     return BatchStream(
         Mixture(list(job.stores), list(job.weights), settings.seed),
         rows_per_step=settings.rows_per_step,
@@ -235,6 +246,9 @@ def batch_stream(job: TrainingJob, spec: Any) -> Any:
         vocab_size=spec.vocab_size,
         edit_share=method.corruption.edit_share,
         edit_from=edits_from(method.corruption, settings.steps),
+        rise_steps=rise_steps_of(method.corruption, settings.steps) if job.anneal else 0,
+        rise_from=method.corruption.rise_from,
+        piece_length=partial(block_length_at, stages=pieces) if pieces else None,
     )
 
 

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from dlmconvert.diffusion.attention import AttentionContext
-from dlmconvert.diffusion.schedules import open_share
+from dlmconvert.diffusion.schedules import open_share, piece_share
 from dlmconvert.errors import SavedAndLeft, UserError
 from dlmconvert.training.bands import BandSearch
 from dlmconvert.training.checkpoint import CheckpointFolder
-from dlmconvert.training.engine import SingleDeviceEngine
+from dlmconvert.training.engine import SingleDeviceEngine, seed_dropout
 from dlmconvert.training.losses import LoopSettings, ar_weight_at, batch_loss, context_of
 from dlmconvert.training.metrics import Metrics
 from dlmconvert.training.nonfinite import LeftOut, MicroBatch, Problem, problem_of, too_many
@@ -99,7 +97,7 @@ def train(
                 scale = {} if engine.loss_scale is None else {"loss_scale": engine.loss_scale, "overflow_steps": left_out.overflows}
                 return {
                     "learning_rate": settings.learning_rate_at(step),
-                    "open_ratio": open_share(part.context, part.row_length),
+                    "open_ratio": open_share(part.context, part.piece_length) * piece_share(part.piece_length, part.row_length),
                     "tokens_seen": (step + 1) * num_tokens,
                     "skipped_steps": left_out.nonfinite,
                     **scale,
@@ -141,12 +139,13 @@ def train(
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank has summed up of a step. broken: its micro-batches, by number, whose loss is not finite."""
+    """What this rank has summed up of a step. broken: its micro-batches, by number, whose loss is not finite. piece_length: of the pieces that rows are cut into."""
 
     sums: dict[str, float]
     broken: list[int]
     context: AttentionContext
     row_length: int
+    piece_length: int
     num_eligible: int
 
 
@@ -156,11 +155,12 @@ def accumulate(engine: SingleDeviceEngine, stream: Stream, settings: LoopSetting
     balance: see `ar_weight_at`.
     """
     # Only adapters may have dropout; its draws are keyed by the step like all others.
-    torch.manual_seed(settings.seed * 1_000_003 + step)
+    seed_dropout(engine.device, settings.seed * 1_000_003 + step)
     context = context_of(settings, step)
     num_eligible = stream.num_eligible(step)
-    num_masked = stream.num_masked(step) if settings.normaliser == "masked" else None
     starts = own_micro_batches(settings, engine.ranks)
+    is_whole = starts == [(0, settings.rows_per_step)]  # one micro-batch counts its own targets
+    num_masked = stream.num_masked(step) if settings.normaliser == "masked" and not is_whole else None
     ar_weight = ar_weight_at(settings, step, balance)
     sums: dict[str, float] = {}
     broken = []
@@ -174,7 +174,7 @@ def accumulate(engine: SingleDeviceEngine, stream: Stream, settings: LoopSetting
         engine.backward(loss)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
-    return Part(sums, broken, context, batch.x_0_BL.shape[1], num_eligible)
+    return Part(sums, broken, context, batch.x_0_BL.numel() // (stop - start), batch.x_0_BL.shape[1], num_eligible)
 
 
 def balance_of(totals: dict[str, float], cross_entropy: float, before: float | None) -> float | None:

@@ -112,7 +112,7 @@ def batch_loss(
     """The micro-batch's share of the loss, and what is logged of it.
 
     `eligible`: sum_i w_i CE_i / (eligible tokens of the global batch), so that any split into micro-batches gives one gradient.
-    `masked`: the same over the targets of the global batch (num_masked_global), whose number is known before the forward.
+    `masked`: the same over the targets of the global batch (num_masked_global; None: of this micro-batch, which is all of it).
     `masked_micro_batch`: each micro-batch divided by its own targets, then averaged, as DiffuLLaMA's released code does.
     In a block model under `shift` the first tokens of blocks are targets with weight 1 (streams.py). ar_weight: what the next-token
     loss on the clean copy, divided by the eligible tokens, is added with. `predicted`: tokens that went through the output matrix.
@@ -133,8 +133,7 @@ def batch_loss(
     if settings.normaliser == "masked_micro_batch":
         normaliser = float(max(1, num_targets) * num_micro_batches)
     elif settings.normaliser == "masked":
-        assert num_masked_global is not None
-        normaliser = float(max(1, num_masked_global))
+        normaliser = float(max(1, num_targets if num_masked_global is None else num_masked_global))
     else:
         normaliser = float(num_eligible)
     weights_N = weights_N / normaliser

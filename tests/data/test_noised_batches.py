@@ -11,6 +11,10 @@ CHOICES = {
     "exact, uniform": {"count": "exact", "noise_levels": "uniform"},
     "at least one": {"count": "at_least_one", "noise_levels": "antithetic"},
     "band": {"band": (0.3, 0.8), "noise_levels": "offset"},
+    "rising": {"rise_steps": 10, "rise_from": 0.2},
+    "pieces": {"piece_length": lambda step: 4},
+    "pieces, in place, exact": {"piece_length": lambda step: 4, "alignment": "in_place", "count": "exact"},
+    "rising, exact": {"rise_steps": 6, "rise_from": 0.2, "count": "exact"},
     "exact in a band": {"count": "exact", "band": (0.3, 0.8)},
     "all": {"band": (1.0, 1.0)},
     "pairs": {"views": "complementary"},
@@ -66,3 +70,29 @@ def test_pairs_are_one_row_in_two_views(stores):
     # The text is read as ever, at half the pace.
     plain = stream(stores[:1], rows_per_step=4)
     assert rows == sum((plain.batch(step).row_ids for step in range(6)), [])
+
+
+@pytest.mark.parametrize("band", [None, (0.2, 0.8)])
+def test_noise_rises_to_the_whole_range_and_is_then_what_it_would_be(stores, band):
+    rising, plain = (stream(stores, band=band, noise_levels="offset", **words).batch for words in ({"rise_steps": 10, "rise_from": 0.3}, {}))
+    low, high = band or (1e-3, 1.0)
+    for step in range(10):
+        limit = low + (high - low) * (0.3 + 0.07 * step)
+        assert low <= float(rising(step).t_BL.min()) and limit - (limit - low) / 8 <= float(rising(step).t_BL.max()) <= limit + 1e-6
+    for step in (10, 37):
+        assert_same(rising(step), plain(step))
+
+
+@pytest.mark.parametrize("alignment", ["shift", "in_place"])
+def test_pieces_are_the_row_cut_up(stores, alignment):
+    """The same tokens, positions and documents; under `shift` the first token of a piece stays clean, for nothing predicts it."""
+    whole, cut = (stream(stores, alignment=alignment, **words).batch(3) for words in ({}, {"piece_length": lambda step: step + 1}))
+    length = cut.x_0_BL.shape[1]
+    assert length == 4 and cut.row_ids == whole.row_ids
+    for name in ("x_0_BL", "positions_BL", "segments_BL"):
+        assert torch.equal(getattr(cut, name), getattr(whole, name).reshape(-1, length))
+    expected_BL = whole.eligible_BL.reshape(-1, length).clone()
+    if alignment == "shift":
+        expected_BL[:, 0] = False
+    assert torch.equal(cut.eligible_BL, expected_BL) and not (cut.masked_BL & ~expected_BL).any()
+    assert torch.equal(cut.x_t_BL == cut.x_0_BL, ~cut.masked_BL)

@@ -72,7 +72,8 @@ def test_the_published_normaliser_depends_on_the_split():
 def test_the_logged_nelbo_is_per_eligible_token_whatever_the_objective(tmp_path):
     _, elbo = run(tmp_path / "a")
     _, published = run(tmp_path / "b", dataclasses.replace(SETTINGS, normaliser="masked_micro_batch"))
-    assert elbo[0]["nelbo"] == elbo[0]["loss"] != published[0]["loss"]
+    assert elbo[0]["nelbo"] == pytest.approx(elbo[0]["loss"], rel=1e-6)  # the sum is divided before or after, which rounds differently
+    assert elbo[0]["loss"] != published[0]["loss"]
     assert published[0]["nelbo"] == pytest.approx(elbo[0]["nelbo"], rel=1e-6)
 
 
