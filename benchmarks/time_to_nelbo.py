@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "pieces for the window": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES),
     "pieces and rising noise": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     "pieces in 1200 steps": (*small(1200), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
+    "pieces in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     # Block models: another bound (each block behind clean text), and another kind of model.
     "blocks of 16 (noisy context)": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
     "the same in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
