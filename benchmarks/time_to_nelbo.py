@@ -30,8 +30,8 @@ NOISY_BLOCKS = ("method.attention.pattern=block_causal_noisy", "method.attention
 AR_BLOCKS = ("method.attention.pattern=context_causal", "method.attention.block_length=16", "method.objective.ar_weight=0.5")
 
 
-def small(steps: int) -> tuple[str, ...]:
-    return ("train.rows_per_step=4", "train.micro_batch=4", f"train.steps={steps}", "train.warmup_steps=100")
+def small(steps: int, rows: int = 4) -> tuple[str, ...]:
+    return (f"train.rows_per_step={rows}", f"train.micro_batch={rows}", f"train.steps={steps}", "train.warmup_steps=100")
 
 
 # A variant a line: what it adds to the line before, so that each part shows what it brings. Rows x steps x row length are its tokens.
@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "pieces and rising noise": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     "pieces in 1200 steps": (*small(1200), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     "pieces in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
+    "pieces with 8 rows a step": (*small(665, 8), "train.learning_rate=5e-3", *UNWEIGHTED, *STABLE, *QUIET, *PIECES, *RISING),
     # Block models: another bound (each block behind clean text), and another kind of model.
     "blocks of 16 (noisy context)": (*small(1332), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
     "the same in 1100 steps": (*small(1100), "train.learning_rate=3e-3", *UNWEIGHTED, *STABLE, *QUIET, *NOISY_BLOCKS),
@@ -80,7 +81,8 @@ def train_seeds(name: str, words: tuple[str, ...], arguments: argparse.Namespace
 def train(name: str, words: tuple[str, ...], arguments: argparse.Namespace, seed: str) -> dict:
     """Run (or continue, or read) one variant: its curve, seconds of training without validation, tokens."""
     folder = Path(arguments.to) / ("".join(c if c.isalnum() else "-" for c in name).strip("-") + ("" if seed == "0" else f"-seed-{seed}"))
-    validate = f"train.validate_steps={arguments.validate_steps * (4 if words[0] == small(0)[0] else 1)}"
+    rows = int(dict(word.split("=", 1) for word in (*COMMON, *words))["train.rows_per_step"])
+    validate = f"train.validate_steps={arguments.validate_steps * 16 // rows}"  # after so many tokens
     common = [word for word in COMMON if word.split("=")[0] not in {w.split("=")[0] for w in words}]
     common, words = scaled(tuple(common), arguments.scale), scaled(words, arguments.scale)
     command = [
