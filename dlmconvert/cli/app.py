@@ -25,6 +25,7 @@ from dlmconvert.cli.replay import replay
 from dlmconvert.cli.stages import adapt, export, report, run, sft
 from dlmconvert.cli.status import status
 from dlmconvert.cli.tune import tune_sampler
+from dlmconvert.threads import spin_briefly
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,8 +65,7 @@ app.command()(methods)
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
-    # Waiting threads that spin make a busy machine ten times slower; must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    spin_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
