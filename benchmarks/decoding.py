@@ -46,6 +46,7 @@ import torch  # noqa: E402
 
 import dlmconvert  # noqa: E402
 from dlmconvert.backbone.denoiser import Denoiser  # noqa: E402
+from dlmconvert.backbone.head import compile_for_decoding  # noqa: E402
 from dlmconvert.backbone.key_values import cache_argument  # noqa: E402
 from dlmconvert.backbone.load import build_model, load_denoiser  # noqa: E402
 from dlmconvert.backbone.rewrite import rewrite_config  # noqa: E402
@@ -180,6 +181,8 @@ def sampler(options: argparse.Namespace) -> None:
 def checkpoint(options: argparse.Namespace) -> None:
     prompt, new, rows = (32, 64, 2) if options.smoke else (64, 512, options.texts)
     source, denoiser, texts = adapted(options, prompt + new)
+    if options.compile:
+        compile_for_decoding(denoiser.model)
     prompts_BP = torch.tensor([row[:prompt] for row in texts if len(row) >= prompt][:rows])
     block = options.block_length
     print(f"\ncheckpoint: {options.checkpoint.name} adapted, {len(prompts_BP)} rows, prompt {prompt}, {new} new tokens, blocks of {block}")
@@ -323,6 +326,8 @@ def greedy_texts(options: argparse.Namespace, num: int, lengths: tuple[int, ...]
 def speculation(options: argparse.Namespace) -> None:
     new, prompt = (16, 8) if options.smoke else (256, 64)
     denoiser = drafter(options)
+    if options.compile:
+        compile_for_decoding(denoiser.model)
     prompts_BP = torch.tensor([row[:prompt] for row in held_out(options, denoiser.tokenizer) if len(row) >= prompt][: options.texts])
     print(f"\nspeculation: {options.model or options.checkpoint.name}, {len(prompts_BP)} prompts of {prompt}, one at a time, {new} new tokens, greedy")
 
@@ -383,6 +388,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="AR checkpoint, for the parts `checkpoint` and `speculation`")
     parser.add_argument("--corpus", type=Path, help="folder with train.jsonl and validation.jsonl (a field `text`), for the same parts")
     parser.add_argument("--models", type=Path, help="folder that keeps what these parts adapt, and gives it to the next call")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model of these parts, for the reference, AR decoding and ours")
     parser.add_argument("--prepare", action="store_true", help="adapt the models of these parts, and stop")
     parser.add_argument("--model", type=Path, help="folder of a model with an AR path, instead of one that the part `speculation` adapts")
     options = parser.parse_args()

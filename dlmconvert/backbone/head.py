@@ -17,23 +17,35 @@ from dlmconvert.diffusion.fused_head import Score, linear_cross_entropy, linear_
 from dlmconvert.errors import EXIT_FAILED, UserError
 
 
-def compile_trunk(model: Any) -> None:
+def compile_trunk(model: Any, dynamic: bool | None = None) -> None:
     """torch.compile of everything before the head. The head stays as it is: it answers with the loss in chunks (`scoring`), and how many
     hidden states it is asked for, another number at every step, is nothing that the compiled graph would see. The mask is of one shape
-    or not there at all, so a training step is compiled once or twice."""
+    or not there at all, so a training step is compiled once or twice.
+
+    dynamic: graphs for any number of rows, columns and keys, as decoding needs them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.base_model.compile()
+    base.base_model.compile(dynamic=dynamic)
 
 
-def check_compiler() -> None:
-    """Raises UserError where torch.compile would find no compiler at the first step."""
+def compile_for_decoding(*models: Any) -> None:
+    """`compile_trunk` for windows of any size (`--compile`). Raises UserError without a compiler."""
+    check_compiler("--compile")
+    # One row or several, of equal lengths or not, all rows of the store or some, with a cache or without: more kinds than the eight after
+    # which torch would run the rest uncompiled. (A number of rows that happens to be the number of heads is a kind of its own.)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for model in models:
+        compile_trunk(model, dynamic=True)
+
+
+def check_compiler(asked: str) -> None:
+    """Raises UserError where torch.compile, which `asked` asks for, would find no compiler at the first step."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise UserError("engine.compile=true needs a C++ compiler", str(error), "install g++ (or set CXX), or leave engine.compile out", exit_code=EXIT_FAILED) from error
+        raise UserError(f"{asked} needs a C++ compiler", str(error), "install g++ (or set CXX), or leave it out", exit_code=EXIT_FAILED) from error
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ Shapes: B rows of a forward, R rows of the store, Q columns of a forward, L slot
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -122,10 +123,15 @@ def forward_columns(
     `KeyValueStore.place`; without a store the columns of this forward are all that there is, and K = Q.
     """
     config = model.config
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of peft's wrapper
+    if base.base_model._compiled_call_impl is not None:
+        # One graph for all windows: expanded tensors have other strides than whole ones, and a single row of columns another shape.
+        num_rows = tokens_BQ.shape[0]
+        positions_BQ, columns_BQ = positions_BQ.contiguous(), columns_BQ.expand(num_rows, -1).contiguous()
+        seen_BQK = None if seen_BQK is None else seen_BQK.expand(num_rows, -1, -1).contiguous()
     cached = {"use_cache": False}
     if store is not None:
         store.place(columns_BQ, num_keys, rows_B)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of peft's wrapper
         cached = {"use_cache": True, cache_argument(type(base)): store}
     mask = None if seen_BQK is None else realised_mask(model, seen_BQK)
     # Some families read the direction from the config and ignore the argument, others the reverse (see rewrite.call_model).
@@ -133,14 +139,20 @@ def forward_columns(
     before = getattr(config, "is_causal", missing)
     config.is_causal = False
     try:
-        return model(
-            input_ids=tokens_BQ, position_ids=positions_BQ, attention_mask=mask, is_causal=False, logits_to_keep=kept_BQ, **cached
-        ).logits
+        with _eager_while_empty(store):
+            return model(
+                input_ids=tokens_BQ, position_ids=positions_BQ, attention_mask=mask, is_causal=False, logits_to_keep=kept_BQ, **cached
+            ).logits
     finally:
         if before is missing:
             del config.is_causal
         else:
             config.is_causal = before
+
+
+def _eager_while_empty(store: KeyValueStore | None) -> Any:
+    """A compiled model allocates the store outside of its graphs: else one more would be made for an empty store."""
+    return nullcontext() if store is None or store.layers[0].is_initialized else torch.compiler.set_stance("force_eager")
 
 
 def realised_mask(model: torch.nn.Module, seen_BQK: torch.Tensor) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlmconvert.cli.generate import Device, Model
+from dlmconvert.cli.generate import Compile, Device, Model
 from dlmconvert.cli.prompts import refuse_existing
 from dlmconvert.errors import UserError
 
@@ -36,6 +36,7 @@ def bench(
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Write everything as JSON to a new file, and the plot beside it as PNG.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: Device = "auto",
+    compile: Compile = False,
 ) -> None:
     """Time every sampler of a list beside the AR source with its KV cache: same prompts, same lengths, one run."""
     from dlmconvert.cli.console import ConsoleReporter, console, out
@@ -49,7 +50,7 @@ def bench(
     refuse_existing(plot, "--to")
     location = find_model(model)
     console.print(f"model {location.note}", markup=False, highlight=False, soft_wrap=True)
-    denoiser, ar = load_models(location, source, device)
+    denoiser, ar = load_models(location, source, device, compile)
 
     from dlmconvert.evaluation.benchmark import SOURCE_AS_HELPER, Sampler, Stopped, benchmark, check_sampler, default_samplers
 
@@ -59,7 +60,7 @@ def bench(
     task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed)
     chosen = None if samplers is None else read_samplers(samplers, temperature)
     named = chosen if chosen is not None else [Sampler("", {"helper": SOURCE_AS_HELPER})] if ar is not None else []
-    task = replace(task, helpers=load_helpers(named, location, source, denoiser.device))
+    task = replace(task, helpers=load_helpers(named, location, source, denoiser.device, compile))
 
     def works(settings: dict[str, Any]) -> bool:
         try:
@@ -85,7 +86,7 @@ def bench(
         reporter.warn(f"stopped: {len(results)} of {num_samplers} samplers were measured" + ("" if results else ", and nothing was written"))
         if not results:
             raise typer.Exit(STOPPED) from stop
-    facts = facts_of(location, denoiser, task, source, repeats, temperature) | {"stopped": stopped, "samplers": [result.to_dict() for result in results]}
+    facts = facts_of(location, denoiser, task, source, repeats, temperature) | {"compiled": compile} | {"stopped": stopped, "samplers": [result.to_dict() for result in results]}
     if to is not None:
         write_results(to, plot, facts, results)
     if json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dlmconvert.cli.decoding import Decoder, Row, View, denoising, in_colour, load_decoder, settled_text
-from dlmconvert.cli.generate import Device, MaxNewTokens, Model, Seed
+from dlmconvert.cli.generate import Compile, Device, MaxNewTokens, Model, Seed
 from dlmconvert.cli.sampler import parse_setting, with_sampler
 from dlmconvert.errors import UserError, nearest
 
@@ -30,6 +30,7 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
     device: Device = "auto",
+    compile: Compile = False,
     *,
     asked: dict,
 ) -> None:
@@ -38,7 +39,7 @@ def chat(
     from dlmconvert.data.chat import ensure_chat_template
 
     asked |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    decoder = load_decoder(model, asked, device)
+    decoder = load_decoder(model, asked, device, compile)
     is_plain = ensure_chat_template(decoder.tokenizer)
     conversation = Conversation(decoder, seed, system)
     conversation.check_length()

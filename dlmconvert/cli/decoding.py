@@ -49,8 +49,9 @@ class Decoder:
         return {name: value for name, value in self.settings.items() if value is not None and name not in hidden}
 
 
-def load_decoder(model: str | None, asked: dict[str, Any], device: str) -> Decoder:
+def load_decoder(model: str | None, asked: dict[str, Any], device: str, compile: bool = False) -> Decoder:
     """The model, told to the user where the name was left out. Raises UserError."""
+    from dlmconvert.backbone.head import compile_for_decoding
     from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
     from dlmconvert.cli.console import console
     from dlmconvert.runs.folder import find_model
@@ -63,6 +64,8 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str) -> Decod
     with console.status("loading the model"):
         denoiser = load_denoiser(location.path, device=device)
         helper = load_denoiser(resolve_checkpoint(asked["helper"]), device=device, attention="causal") if asked.get("helper") else None
+        if compile:
+            compile_for_decoding(denoiser.model, *(() if helper is None else (helper.model,)))
     settings = with_defaults(asked, with_defaults(saved_settings(location.path), _defaults_of(denoiser)))
     settings.setdefault("eos_token_id", end_ids(denoiser.tokenizer) or None)
     return Decoder(location, denoiser, settings, helper)

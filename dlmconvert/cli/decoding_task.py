@@ -27,14 +27,18 @@ def quiet_profiler() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def load_models(location: Any, source: str | None, device: str) -> tuple[Any, Any]:
+def load_models(location: Any, source: str | None, device: str, compile: bool = False) -> tuple[Any, Any]:
     """(denoiser, AR source or None). The source is the one that is named, else the run's. Raises UserError when the tokens differ."""
+    from dlmconvert.backbone.head import compile_for_decoding
     from dlmconvert.backbone.load import load_denoiser
     from dlmconvert.cli.console import console
 
     with console.status("loading the models"):
         denoiser, folder = load_denoiser(location.path, device=device), source_folder(location, source)
-        return denoiser, None if folder is None else load_source(folder, denoiser)
+        ar = None if folder is None else load_source(folder, denoiser)
+        if compile:
+            compile_for_decoding(denoiser.model, *(() if ar is None else (ar,)))
+        return denoiser, ar
 
 
 def load_source(folder: Path, denoiser: Any) -> Any:
@@ -91,8 +95,9 @@ def _held_out_prompts(location: Any) -> list[list[int]]:
         return (chosen if len(chosen) else found.tokens_BL[:_HELD_OUT_PROMPTS, :length]).tolist()
 
 
-def load_helpers(samplers: Sequence[Sampler], location: Any, source: str | None, device: Any) -> dict[str, Any]:
+def load_helpers(samplers: Sequence[Sampler], location: Any, source: str | None, device: Any, compile: bool = False) -> dict[str, Any]:
     """The AR models that samplers name for APD: `source` is the model's own source, else a checkpoint. Raises UserError."""
+    from dlmconvert.backbone.head import compile_for_decoding
     from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
     from dlmconvert.evaluation.benchmark import SOURCE_AS_HELPER
 
@@ -102,6 +107,8 @@ def load_helpers(samplers: Sequence[Sampler], location: Any, source: str | None,
         if folder is None:
             raise UserError(f"helper={name}: no AR source is known", "", "name it with --source MODEL, or a checkpoint with helper=MODEL")
         found[name] = load_denoiser(folder, device=device, attention="causal")
+        if compile:
+            compile_for_decoding(found[name].model)
     return found
 
 

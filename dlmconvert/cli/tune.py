@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dlmconvert.cli.bench import Answers, Batch, NewTokens, PromptsFile, Repeats, Source
-from dlmconvert.cli.generate import Device, Model
+from dlmconvert.cli.generate import Compile, Device, Model
 from dlmconvert.errors import EXIT_FAILED, UserError
 
 # What a sampler that was tuned replaces in generation_config.json.
@@ -33,6 +33,7 @@ def tune_sampler(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: Device = "auto",
+    compile: Compile = False,
 ) -> None:
     """Find the fastest sampler above a quality floor and write it into the model's generation_config.json (the old one is kept as .bak)."""
     limit = parse_floor(floor, answers is not None)
@@ -45,7 +46,7 @@ def tune_sampler(
     quiet_profiler()
     location = find_model(model)
     console.print(f"model {location.note}", markup=False, highlight=False, soft_wrap=True)
-    denoiser, ar = load_models(location, source, device)
+    denoiser, ar = load_models(location, source, device, compile)
     if ar is None and answers is None:
         raise UserError("nothing can judge the texts", f"{location.path} is in no run folder, so its AR source is not known", "name it with --source MODEL, or give --answers FILE")
 

@@ -102,7 +102,7 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
         "compile": engine.compile,
     }
     if engine.compile:
-        check_compiler()
+        check_compiler("engine.compile=true")
     if engine.precision == "fp16" and values["device"].type == "cpu":
         context.reporter.warn("  engine.precision=fp16 is for GPUs: most CPUs are many times slower in it than in fp32 or bf16")
     if engine.name == "single":

@@ -92,7 +92,7 @@ def build_canvas(
         tokens_BL=torch.tensor(tokens, dtype=torch.int64, device=device),
         masked_BL=torch.tensor(masked, dtype=torch.bool, device=device),
         segments_BL=segments_BL,
-        positions_BL=positions_L.expand(len(rows), longest),
+        positions_BL=positions_L.repeat(len(rows), 1),
         row_keys_B=_keys(row_keys, len(rows), device),
     )
 
