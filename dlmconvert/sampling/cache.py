@@ -32,6 +32,7 @@ from ..diffusion.alignment import predicting_positions
 from ..diffusion.block_attention import BLOCK_PATTERNS
 from .blocks import Layout, row_lengths
 from .canvas import ROW, Canvas, Predictor
+from .transfer import on_device
 from .windows import WindowPredictor, Windows
 
 CACHES = ("none", "prefix", "dual", "block")
@@ -144,15 +145,24 @@ class GuidedReader:
 
 
 class WholeReader:
-    """No cache: a forward over whole rows, of those rows that have a question."""
+    """No cache: a forward over whole rows, of those rows that have a question. Of a bidirectional model that computes windows a whole row
+    is one; other predictors are asked by a mask, and the host waits until its positions are counted."""
 
-    def __init__(self, predictor: Predictor, canvas: Canvas):
+    def __init__(self, predictor: Predictor, canvas: Canvas, layout: Layout):
         self.predictor, self.canvas = predictor, canvas
+        self.windows = None
+        if getattr(predictor, "attention", None) == "bidirectional" and hasattr(predictor, "forward_columns"):
+            self.windows, self.whole = Windows(predictor, canvas, None), list(zip(layout.begins, _ends(canvas, layout), strict=True))
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
+        if self.windows is not None:
+            rows = [row for row, count in enumerate(asked.counts) if count]
+            windows = [self.whole[row] for row in rows]
+            reading_BL = predicting_positions(asked.mask_BL, self.predictor.alignment)
+            return self.windows.forward(rows, windows, [end for _, end in windows], None, tokens_BL, reading_BL, asked.counts)
         segments_BL, positions_BL, asked_BL = self.canvas.segments_BL, self.canvas.positions_BL, asked.mask_BL
         if not all(asked.counts):
-            rows = torch.tensor([row for row, count in enumerate(asked.counts) if count], device=tokens_BL.device)
+            rows = on_device([row for row, count in enumerate(asked.counts) if count], tokens_BL.device)
             tokens_BL, asked_BL, positions_BL = tokens_BL[rows], asked_BL[rows], positions_BL[rows]
             segments_BL = None if segments_BL is None else segments_BL[rows]
         with torch.no_grad():
@@ -169,7 +179,7 @@ def open_reader(
     if is_block_model(predictor):
         reader: Reader = BlockReader(predictor, canvas, layout, block_length, is_cached=cache == "block")
     elif cache == "none":
-        reader = WholeReader(predictor, canvas)
+        reader = WholeReader(predictor, canvas, layout)
     else:
         reader = RefreshedReader(predictor, canvas, layout, cache)
     return GuidedReader(reader, plain, predictor.mask_token_id, cfg_scale) if cfg_scale > 0 else reader
@@ -199,7 +209,7 @@ def _forget_finished(reader: RefreshedReader | BlockReader, asked: Asked) -> lis
     live = [row for row in reader.rows if asked.live[row]]
     store = reader.windows.store
     if store is not None and live != reader.rows:
-        store.keep_rows(torch.tensor([reader.rows.index(row) for row in live], device=asked.mask_BL.device))
+        store.keep_rows(on_device([reader.rows.index(row) for row in live], asked.mask_BL.device))
     reader.rows = live
     return live
 
@@ -210,7 +220,7 @@ def _row_major(rows: Sequence[int], counts: Sequence[int], device: torch.device)
     for row in rows:
         starts[row] = at
         at += counts[row]
-    return torch.tensor([starts[row] + i for row in sorted(rows) for i in range(counts[row])], device=device)
+    return on_device([starts[row] + i for row in sorted(rows) for i in range(counts[row])], device)
 
 
 def _ends(canvas: Canvas, layout: Layout) -> list[int]:

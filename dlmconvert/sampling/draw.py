@@ -15,6 +15,7 @@ import torch
 
 from ..diffusion.randomness import SAMPLE_TOKEN, counter_gumbel
 from .filters import REMOVED, apply_filters
+from .transfer import waits_for_counts
 
 _TOKENS_AT_ONCE = 1 << 22  # of the N x V noise; bounds the memory that 64-bit keys and noise take
 
@@ -43,6 +44,10 @@ def draw_tokens(
 
 
 def _gumbel_argmax(kept_NV: torch.Tensor, row_keys_N: torch.Tensor, positions_N: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    if waits_for_counts(kept_NV.device):
+        ids_V = torch.arange(kept_NV.shape[1], device=kept_NV.device)
+        noise_NV = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[:, None], step, positions_N[:, None], ids_V)
+        return (kept_NV.to(noise_NV.dtype) + noise_NV).argmax(dim=-1)  # what was removed stays minus infinity
     # Only the tokens that are left get noise: after top-p that is a small share of the vocabulary.
     rows_K, ids_K = torch.nonzero(kept_NV > REMOVED, as_tuple=True)
     noise_K = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[rows_K], step, positions_N[rows_K], ids_K)

@@ -1,9 +1,8 @@
 """The loop: plan, ask, choose, commit; once a step.
 
 The host waits for the device in one place (what is left, how many positions are asked for, in which part each row stands); the rest
-of a step is queued. It waits again where rows are asked whole, or ask for different numbers of positions (transformers selects hidden
-states by a boolean mask then), above temperature 0 (drawing looks at the tokens that the filters leave), and wherever the users'
-hooks look at a tensor.
+of a step is queued, also above temperature 0 and where rows ask for different numbers of positions (transfer.py). Users' hooks may look at
+tensors, and predictors that compute no windows are asked by a mask.
 
 Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
 """
@@ -25,6 +24,7 @@ from .filters import ban, penalise_repetition
 from .order import BLIND_ORDERS, best, blind_scores, confidence, first_of, margin, negative_entropy, ranked
 from .predictions import Hook, after_tokens_hook, places, spread
 from .step import Step
+from .transfer import on_device, waits_for_counts
 
 _ORDER_NOISE = 1  # one more key, so that the noise on scores is another stream than u
 
@@ -160,9 +160,10 @@ def _choose(
     committed_BL = first_of(order_BL, wanted_BL, count_B)
     if x_hat_N is None and settings.draw["temperature"] == 0:
         x_hat_N = logits_NV.argmax(dim=-1)
+    if x_hat_N is None and waits_for_counts(logits_NV.device):
+        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **settings.draw)
     if x_hat_N is None:
-        # Where neither score nor count reads the candidate, tokens are drawn for the committed positions only: noise over a whole
-        # vocabulary costs more than asking the device how many these are.
+        # Where neither score nor count reads the candidate, tokens are drawn for the committed positions only.
         kept_N = committed_BL.flatten()[wanted_N].nonzero()[:, 0]
         x_hat_K = draw_tokens(logits_NV[kept_N], keys_N[kept_N], positions_N[kept_N], step=step, **settings.draw)
         x_hat_N = torch.zeros_like(keys_N).index_copy(0, kept_N, x_hat_K)
@@ -182,7 +183,7 @@ def after_end(tokens_BL: torch.Tensor, masked_BL: torch.Tensor, fillable_BL: tor
     """Masked positions of rows whose first filled-in end token has nothing masked left of it."""
     if not end_ids:
         return torch.zeros_like(masked_BL)
-    ends = torch.tensor(end_ids, dtype=tokens_BL.dtype, device=tokens_BL.device)
+    ends = on_device(end_ids, tokens_BL.device, tokens_BL.dtype)
     is_end_BL = torch.isin(tokens_BL, ends) & fillable_BL & ~masked_BL
     # First True of each row; a row without one has all zeros, and argmax 0.
     first_end_B = torch.where(is_end_BL.any(dim=1), is_end_BL.to(torch.int8).argmax(dim=1), masked_BL.shape[1])

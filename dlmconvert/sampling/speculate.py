@@ -41,6 +41,7 @@ from .canvas import Canvas
 from .draw import draw_tokens
 from .filters import apply_filters, ban
 from .step import Step
+from .transfer import on_device
 from .windows import WindowPredictor
 
 _ACCEPT, _REPLACE = 2, 3  # further keys, so that these draws are other streams than those of the draft and of the order
@@ -109,7 +110,7 @@ def speculate(
     # A few more columns than the canvas has: what is drafted behind the end of a row falls there.
     text_BL = pad(canvas.tokens_BL.masked_fill(canvas.masked_BL, predictor.mask_token_id), (0, draft_length + 2))
     masked_BL = canvas.masked_BL.clone()
-    ends = torch.tensor(list(end_ids), dtype=torch.int64, device=device)
+    ends = on_device(list(end_ids), device, torch.int64)
     places_G = torch.arange(draft_length + 1, device=device)
     drafts_RG = q_RGV = last_token_R1 = None
     step = 0
@@ -159,7 +160,7 @@ def speculate(
         masked_BL = masked_BL & ~committed_BL
         given_back_BL = torch.zeros_like(masked_BL)
         if any(ended):
-            has_ended_B = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill(0, rows_R[torch.tensor(ended, device=device) > 0], True)
+            has_ended_B = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill(0, rows_R[on_device([place for place, is_ended in enumerate(ended) if is_ended], device)], True)
             given_back_BL = masked_BL & has_ended_B[:, None]
             masked_BL = masked_BL & ~given_back_BL
             text_BL[:, :length] = text_BL[:, :length].masked_fill(given_back_BL, end_ids[0])
@@ -168,7 +169,7 @@ def speculate(
         if live:
             last_token_R1 = behind_R1  # of a row that goes on, what was accepted settled whole
             if len(live) < len(counts):
-                kept = torch.tensor(live, device=device)
+                kept = on_device(live, device)
                 next_logits_RKGV, accepted_R, last_R1, last_token_R1 = (x[kept] for x in (next_logits_RKGV, accepted_R, last_R1, last_token_R1))
                 if hot:
                     keys_R1, rows_R = keys_R1[kept], rows_R[kept]
@@ -229,7 +230,7 @@ class _Rounds:
         """(last_R1, room_R1, rows_R1, begins_R1): the last settled column of each open row, the columns behind it, which row it is, and
         where it begins."""
         stand = [(self.last[row], self.ends[row] - 1 - self.last[row], row, self.begins[row]) for row in self.rows]
-        return torch.tensor(stand, device=self.device).T[..., None]
+        return on_device(stand, self.device).T[..., None]
 
     def forward(
         self, text_BL: torch.Tensor, known_RC: torch.Tensor | None, last_R1: torch.Tensor, room_R1: torch.Tensor, rows_R1: torch.Tensor,
@@ -271,14 +272,14 @@ class _Rounds:
         limits_RQ1, own_RQ1, own_ends_RQ1 = ((last_R1 + x)[..., None] for x in (shape.limits_Q, shape.own_Q, shape.own_ends_Q))
         if any(self.num_stored[row] != self.last[row] for row in self.rows):
             # The first forward: rows with shorter prompts have nothing in the first columns.
-            stored_R1 = torch.tensor([[self.num_stored[row]] for row in self.rows], device=self.device)
+            stored_R1 = on_device([[self.num_stored[row]] for row in self.rows], self.device)
             is_padding_RQ = (columns_RQ < stored_R1) & shape.is_clean_Q
             slots_RQ = slots_RQ.masked_fill(is_padding_RQ, self.nowhere)
             # Their queries stand for nothing, and softmax wants a key.
             limits_RQ1 = torch.where(is_padding_RQ[..., None], stored_R1[..., None], limits_RQ1)
         seen_RQK = (key_K <= limits_RQ1) | ((key_K >= own_RQ1) & (key_K < own_ends_RQ1))
         if any(self.begins):
-            begins_R11 = torch.tensor([self.begins[row] for row in self.rows], device=self.device)[:, None, None]
+            begins_R11 = on_device([self.begins[row] for row in self.rows], self.device)[:, None, None]
             seen_RQK = seen_RQK & (key_K >= begins_R11)
         return slots_RQ, seen_RQK
 
@@ -316,7 +317,7 @@ class _Rounds:
             if not is_ended and self.last[row] + 1 < self.ends[row]:
                 live.append(place)
         if len(live) < len(self.rows) and live:
-            self.store.keep_rows(torch.tensor(live, device=self.device))
+            self.store.keep_rows(on_device(live, self.device))
         self.rows = [self.rows[place] for place in live]
         return live
 

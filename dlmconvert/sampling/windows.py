@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from ..diffusion.block_attention import sees_at_inference
 from .canvas import ROW, Canvas, Predictor
+from .transfer import on_device, waits_for_counts
 
 
 class WindowPredictor(Predictor, Protocol):
@@ -78,15 +79,19 @@ class Windows:
         tokens_RQ, positions_RQ, kept_RQ = (
             self._take(x, index_R, columns_RQ, len(rows)) for x in (pad(tokens_BL, (0, 1)), self.positions_BL, pad(reading_BL, (0, 1)))
         )
-        equal = len({counts[row] for row in rows}) == 1
-        kept = kept_RQ
-        if equal:  # the same number in each row: places instead of a mask, which would make the host wait for the device
-            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, : counts[rows[0]]]
+        asked = [counts[row] for row in rows]
+        equal, most, kept = len(set(asked)) == 1, max(asked), kept_RQ
+        # Places instead of a mask, which would make the host wait for the device to count.
+        by_places = equal or waits_for_counts(self.device)
+        if by_places:
+            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, :most]
         logits = self.predictor.forward_columns(
-            tokens_RQ, positions_RQ, kept, seen_RQK, num_keys, self.store, columns_RQ,
-            None if slots is None else torch.tensor(slots, device=self.device),
-        )  # fmt: skip
-        return logits.flatten(0, 1) if equal else logits
+            tokens_RQ, positions_RQ, kept, seen_RQK, num_keys, self.store, columns_RQ, None if slots is None else on_device(slots, self.device)
+        )
+        if not by_places:
+            return logits
+        logits = logits.flatten(0, 1)
+        return logits if equal else logits[on_device([row * most + i for row, count in enumerate(asked) for i in range(count)], self.device)]
 
     def _take(self, x_BL: torch.Tensor, index_R: torch.Tensor | None, columns_RQ: torch.Tensor, rows: int) -> torch.Tensor:
         x_RL = x_BL if index_R is None else x_BL[index_R]
@@ -101,8 +106,8 @@ class Windows:
         listed = [
             list(range(first, end)) + [self.length] * (width - end + first) for first, end in (windows[:1] if same else windows)
         ]
-        columns_RQ = torch.tensor(listed, device=self.device)
-        index_R = None if rows == list(range(self.canvas.tokens_BL.shape[0])) else torch.tensor(rows, device=self.device)
+        columns_RQ = on_device(listed, self.device)
+        index_R = None if rows == list(range(self.canvas.tokens_BL.shape[0])) else on_device(rows, self.device)
         seen_RQK = self._seen(rows, windows, reach, rule, columns_RQ, index_R, num_keys)
         self.key, self.prepared = key, (columns_RQ, index_R, seen_RQK, num_keys)
         return self.prepared
@@ -113,12 +118,12 @@ class Windows:
             return None
         keys_RK = torch.arange(num_keys, device=self.device)[None] if self.store is not None else columns_RQ
         query, key = columns_RQ[:, :, None], keys_RK[:, None, :]
-        seen = key < torch.tensor(reach, device=self.device)[:, None, None]
+        seen = key < on_device(reach, self.device)[:, None, None]
         if rule is not None:
             pattern, block_length, origins, noised_from = rule
-            origin, noised = (torch.tensor(x, device=self.device)[:, None, None] for x in (origins, noised_from))
+            origin, noised = (on_device(x, self.device)[:, None, None] for x in (origins, noised_from))
             # Padding queries stand for nothing; the first column of the window in their place keeps a key for softmax.
-            real = torch.minimum(query, torch.tensor([end - 1 for _, end in windows], device=self.device)[:, None, None])
+            real = torch.minimum(query, on_device([end - 1 for _, end in windows], self.device)[:, None, None])
             seen = seen & sees_at_inference(real, key, pattern, block_length, origin, noised)
         if self.padding_BL is not None:
             padding_BL = pad(self.padding_BL, (0, 1), value=True)

@@ -8,6 +8,7 @@ import torch
 from tiny_decoders import denoiser_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlmconvert.sampling import draw, loop, windows
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise
 
@@ -32,29 +33,60 @@ class Waits(TorchDispatchMode):
 
 
 CASES = {
-    "whole rows": ("bidirectional", "shift", dict(order="confidence", threshold=0.1), False),
-    "prefix cache": ("bidirectional", "shift", dict(order="confidence", threshold=0.1, block_length=4, cache="prefix"), True),
-    "dual cache": ("bidirectional", "in_place", dict(order="entropy", entropy_bound=1.0, block_length=4, cache="dual"), True),
-    "block cache": ("block_causal", "in_place", dict(order="margin", factor=1.5), True),
-    "block cache, shift": ("context_causal", "shift", dict(order="confidence", threshold=0.1, end_ids=[7], repetition_penalty=1.2), True),
-    "guidance": ("block_causal", "in_place", dict(order="entropy", num_steps=6, cfg_scale=1.0), True),
-    "speculation": ("context_causal", "shift", dict(draft_length=3), True),
+    "whole rows": ("bidirectional", "shift", dict(order="confidence", threshold=0.1)),
+    "prefix cache": ("bidirectional", "shift", dict(order="confidence", threshold=0.1, block_length=4, cache="prefix")),
+    "dual cache": ("bidirectional", "in_place", dict(order="entropy", entropy_bound=1.0, block_length=4, cache="dual")),
+    "block cache": ("block_causal", "in_place", dict(order="margin", factor=1.5)),
+    "block cache, shift": ("context_causal", "shift", dict(order="confidence", threshold=0.1, end_ids=[7], repetition_penalty=1.2)),
+    "guidance": ("block_causal", "in_place", dict(order="entropy", num_steps=6, cfg_scale=1.0)),
+    "speculation": ("context_causal", "shift", dict(draft_length=3)),
+    "drawn tokens": ("bidirectional", "shift", dict(order="confidence", threshold=0.05, temperature=1.0, top_p=0.9)),
+    "drawn tokens of an order that needs none": ("bidirectional", "shift", dict(order="entropy", num_steps=5, temperature=1.0, block_length=4, cache="dual")),
+    "drawn drafts": ("context_causal", "shift", dict(draft_length=2, temperature=1.0, end_ids=[7])),
 }
+ROWS = {"one row": [[1, 2, 3, 4]], "rows of several lengths": [[1, 2, 3, 4], [5, 6], [9, 8, 7]]}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_holds_no_hidden_wait(case):
-    pattern, alignment, settings, is_windowed = CASES[case]
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """What depends on whether the host waits when it counts, as on a GPU. And a list becomes a tensor on the device through `on_device` only."""
+    for module in (draw, loop, windows):
+        monkeypatch.setattr(module, "waits_for_counts", lambda device: True)
+    real, copies = torch.tensor, []
+
+    def tensor(*args, device=None, **more):
+        copies.append(device)
+        return real(*args, device=device, **more)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    return copies
+
+
+def steps_of(case, rows):
+    pattern, alignment, settings = CASES[case]
     denoiser = denoiser_of("llama", pattern, alignment, 4 if pattern != "bidirectional" else None)
-    steps = denoise(denoiser, build_canvas([[1, 2, 3, 4] + [None] * 12], 0), **settings)
+    return denoise(denoiser, build_canvas([prompt + [None] * 12 for prompt in ROWS[rows]], 0), **settings)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_holds_no_hidden_wait(case, rows, like_a_gpu):
+    steps = steps_of(case, rows)
     next(steps)  # what is done once, before the first step, may wait
+    like_a_gpu.clear()
     with Waits() as waits:
         num_steps = sum(1 for _ in steps)
     assert num_steps >= 2
-    if is_windowed:
-        assert waits.seen == []
-    else:  # transformers selects the hidden states of a whole row by a boolean mask
-        assert len(waits.seen) <= num_steps and set(waits.seen) <= {"aten::index"}
+    assert waits.seen == []
+    assert set(like_a_gpu) <= {None}, "a list was sent to the device, and the host waited"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_device_that_counts_at_leisure_gets_the_same_tokens(case, request):
+    here = [step.tokens_BL for step in steps_of(case, "rows of several lengths")]
+    request.getfixturevalue("like_a_gpu")
+    there = [step.tokens_BL for step in steps_of(case, "rows of several lengths")]
+    assert len(here) == len(there) and all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
 
 
 def test_the_counter_sees_what_it_should():
