@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from test_approximate_cache import StaleModel
-from tiny_decoders import MASK, denoiser_of
+from tiny_decoders import MASK, denoiser_of, penalise
 
 from dlmconvert.diffusion.randomness import SAMPLE_ORDER, SAMPLE_TOKEN, counter_gumbel, counter_uniform
 from dlmconvert.sampling import polish
@@ -21,13 +21,13 @@ ROWS = [[5, None, None, 6, 7, None, None, None, 8, 9, None], [1, 2] + [None] * 9
 MODELS = [("gpt2", "shift"), ("llama", "in_place"), ("llama", "shift")]
 KINDS = ("prefix", "dual")
 SETTINGS = [
-    dict(revision="remdm", revision_strength=0.5, num_steps=12),
+    dict(revision="remdm", revision_strength=0.5, num_steps=12, repetition_penalty=1.5),
     dict(revision="remdm", revision_strength=0.5, cfg_scale=0.5),
-    dict(revision="p2"),
+    dict(revision="p2", repetition_penalty=1.5),
     dict(revision="p2", num_steps=7, cfg_scale=0.5),
     dict(revision="wino", threshold=0.002, revision_strength=0.3),
-    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5),
-    dict(revision="gidd", order="confidence"),
+    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5, repetition_penalty=1.5),
+    dict(revision="gidd", order="confidence", repetition_penalty=1.5),
     dict(revision="edits", revision_strength=0.004, threshold=0.003),
 ]
 
@@ -57,7 +57,7 @@ class Guided(StaleModel):
         return un + (self.scale + 1) * (cond - un)
 
 
-def slow(denoiser, row, kind, revise, length, scale=0.0) -> list[int]:
+def slow(denoiser, row, kind, revise, length, scale=0.0, penalty=1.0) -> list[int]:
     """Part after part; revise(ask, state, block, lag). ask(held): p of each column, then of a mask that does not see column i of `held`. The
     first question of a part is a full forward, and without a cache (kind None) each."""
     lag = int(denoiser.alignment == "shift")
@@ -73,6 +73,7 @@ def slow(denoiser, row, kind, revise, length, scale=0.0) -> list[int]:
             fresh.clear()
             logits = model.logits(state, window, tuple(held))
             logits[:, MASK] = float("-inf")
+            penalise(logits, [*range(lag, len(state) + lag), *held], state, penalty)
             return torch.softmax(logits, -1)
 
         revise(ask, state, block, lag)
@@ -134,10 +135,11 @@ GAPS = [*ROWS, [5, None, None, 6, *[None] * 16, 7, None]]
 @pytest.mark.parametrize("family, alignment", MODELS)
 def test_remdm_is_the_slow_one(kind, family, alignment, length):
     denoiser, canvas = denoiser_of(family, alignment=alignment), build_canvas(GAPS, 0)
-    for scale, how in ((0.0, dict(num_steps=11, temperature=0.7)), (0.0, {}), (0.5, dict(num_steps=30))):
-        steps = list(denoise(denoiser, canvas, revision="remdm", revision_strength=0.6, block_length=length, cache=kind, cfg_scale=scale, **how))
+    for scale, penalty, how in ((0.0, 1.0, dict(num_steps=11, temperature=0.7)), (0.0, 1.5, {}), (0.5, 1.0, dict(num_steps=30))):
+        both = dict(cfg_scale=scale, repetition_penalty=penalty, **how)
+        steps = list(denoise(denoiser, canvas, revision="remdm", revision_strength=0.6, block_length=length, cache=kind, **both))
         slow_ones = [partial(slow_remdm, row=row, key=key, clock=itertools.count(), cap=0.6, **how) for key, row in enumerate(GAPS)]
-        expected = [slow(denoiser, row, kind, revise, length, scale) for row, revise in zip(GAPS, slow_ones, strict=True)]
+        expected = [slow(denoiser, row, kind, revise, length, scale, penalty) for row, revise in zip(GAPS, slow_ones, strict=True)]
         assert canvas.rows(steps[-1].tokens_BL) == expected, (scale, how)
         assert any(bool((after.masked_BL & ~before.masked_BL).any()) for before, after in itertools.pairwise(steps)), "nothing was masked again"
 
@@ -148,9 +150,10 @@ def test_the_slow_ones_agree_also_for_gaps(kind, family, alignment):
     denoiser = denoiser_of(family, alignment=alignment)
     canvas = build_canvas(GAPS, 0)
     for settings, revise in ((dict(revision="p2"), slow_p2), (dict(revision="wino", threshold=0.02, revision_strength=0.3), slow_wino)):
-        for scale in (0.0, 0.5):
-            steps = list(denoise(denoiser, canvas, block_length=8, cache=kind, cfg_scale=scale, **settings))
-            assert canvas.rows(steps[-1].tokens_BL) == [slow(denoiser, row, kind, revise, 8, scale) for row in GAPS], (settings, scale)
+        for scale, penalty in ((0.5, 1.0), (0.5, 1.5), (0.0, 1.0), (0.0, 1.5)):
+            steps = list(denoise(denoiser, canvas, block_length=8, cache=kind, cfg_scale=scale, repetition_penalty=penalty, **settings))
+            expected = [slow(denoiser, row, kind, revise, 8, scale, penalty) for row in GAPS]
+            assert canvas.rows(steps[-1].tokens_BL) == expected, (settings, scale, penalty)
     assert any(bool((after.masked_BL & ~before.masked_BL).any()) for before, after in itertools.pairwise(steps)), "nothing was ever doubted"
 
 
