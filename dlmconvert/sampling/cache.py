@@ -31,7 +31,7 @@ import torch
 from ..diffusion.alignment import predicting_positions
 from ..diffusion.block_attention import BLOCK_PATTERNS
 from .blocks import Layout, row_lengths
-from .canvas import ROW, Canvas, Predictor
+from .canvas import Canvas, Predictor
 from .transfer import on_device
 from .windows import WindowPredictor, Windows
 
@@ -128,7 +128,7 @@ class GuidedReader:
 
     def __init__(self, reader: Reader | None, canvas: Canvas, mask_token_id: int, scale: float):
         self.reader, self.mask_token_id, self.scale = reader, mask_token_id, scale
-        self.given_BL = ~canvas.masked_BL if canvas.segments_BL is None else ~canvas.masked_BL & (canvas.segments_BL == ROW)
+        self.given_BL = canvas.visible(canvas.masked_BL)
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
         both = Asked(

@@ -52,6 +52,10 @@ class Canvas:
     positions_BL: torch.Tensor
     row_keys_B: torch.Tensor
 
+    def visible(self, masked_BL: torch.Tensor) -> torch.Tensor:
+        """bool (B, L): the tokens of each row that stand, given or settled, when `masked_BL` are the positions still masked."""
+        return ~masked_BL if self.segments_BL is None else ~masked_BL & (self.segments_BL == ROW)
+
     def rows(self, tokens_BL: torch.Tensor | None = None) -> list[list[int]]:
         """The tokens of each row without its padding (of `tokens_BL` when given, else of the canvas)."""
         tokens_BL = self.tokens_BL if tokens_BL is None else tokens_BL

@@ -144,7 +144,8 @@ def denoise(
     if revision is not None:
         strength = check_revision(revision, revision_strength, predictor)
         if revision not in POLISHING:
-            _refuse_beside(f"revision {revision!r}", asked, "revision", "block_length", "cache", "cfg_scale", "threshold" if revision == "wino" else "steps")
+            free = ("revision", "block_length", "cache", "cfg_scale", "repetition_penalty", "threshold" if revision == "wino" else "steps")
+            _refuse_beside(f"revision {revision!r}", asked, *free)
     elif revision_strength is not None:
         raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
     check_predictable(canvas, predictor.alignment)
@@ -159,7 +160,7 @@ def denoise(
     forwards_each = 2 if cfg_scale > 0 else 1
     if revision in ("remdm", "p2", "wino"):
         reader = open_reader(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
-        reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, end_ids, forwards_each)
+        reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, end_ids, forwards_each)
         if revision == "wino":
             shadow = open_shadow(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
             return wino(reviser, shadow, 0.6 if threshold is None else threshold, strength)
@@ -186,7 +187,7 @@ def denoise(
     # A finished text of a bidirectional model is read whole, whatever cache filled it.
     in_blocks = is_block_model(predictor)
     reader = open_reader(predictor, canvas, layout, cache=cache if in_blocks else "none", block_length=block_length, cfg_scale=cfg_scale)
-    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, forwards_each=forwards_each)
+    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each)
     if in_blocks:
         return polished_in_blocks(reviser, settings, revision, strength)
     return polished(steps_of(predictor, canvas, layout, settings), reviser, revision, strength, end_ids)

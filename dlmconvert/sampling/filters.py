@@ -4,7 +4,7 @@ The ban comes before everything else: before temperature, filters, softmax and s
 position masked for ever, or put the mask token into the text). Then temperature, top-p, top-k, in this order (DiffuLLaMA
 arXiv 2410.17891; Dream arXiv 2508.15487). The penalty changes the model's distribution itself, so the scores see it.
 
-Shapes: B rows, L positions of the canvas, N masked positions, V vocabulary.
+Shapes: B rows, L positions of the canvas, N positions judged, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ def ban(logits_NV: torch.Tensor, mask_token_id: int, vocab_size: int, extra: Seq
 
 
 def penalise_repetition(
-    logits_NV: torch.Tensor, rows_N: torch.Tensor, tokens_BL: torch.Tensor, visible_BL: torch.Tensor, penalty: float
+    logits_NV: torch.Tensor, flat_N: torch.Tensor, tokens_BL: torch.Tensor, visible_BL: torch.Tensor, penalty: float
 ) -> torch.Tensor:
-    """Tokens that stand in the row already lose: logit / penalty where it is positive, logit * penalty where it is negative
-    (CTRL, arXiv 1909.05858, equation 2, as in transformers). rows_N: the row of each logit. visible_BL: given or committed."""
+    """Tokens that stand elsewhere in the row lose: logit / penalty where it is positive, logit * penalty where it is negative
+    (CTRL, arXiv 1909.05858, equation 2, as in transformers). A token that is judged where it stands does not repeat itself.
+    flat_N: the place of each logit in the flattened canvas. visible_BL: given or settled."""
+    if penalty == 1:
+        return logits_NV
     num_ids = logits_NV.shape[1]
-    seen_BV = torch.zeros(tokens_BL.shape[0], num_ids, dtype=torch.int32, device=logits_NV.device)
-    seen_BV.scatter_add_(1, tokens_BL.clamp(max=num_ids - 1), visible_BL.to(torch.int32))
+    ids_BL, counts_BL = tokens_BL.clamp(max=num_ids - 1), visible_BL.to(torch.int32)
+    seen_BV = torch.zeros(tokens_BL.shape[0], num_ids, dtype=torch.int32, device=logits_NV.device).scatter_add_(1, ids_BL, counts_BL)
+    elsewhere_NV = seen_BV[flat_N // tokens_BL.shape[1]]
+    elsewhere_NV.scatter_add_(1, ids_BL.flatten()[flat_N, None], -counts_BL.flatten()[flat_N, None])
     lowered_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
-    return torch.where(seen_BV[rows_N] > 0, lowered_NV, logits_NV)
+    return torch.where(elsewhere_NV > 0, lowered_NV, logits_NV)
 
 
 def keep_top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:

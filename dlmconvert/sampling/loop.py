@@ -18,7 +18,7 @@ from ..diffusion.randomness import SAMPLE_ORDER, counter_gumbel, counter_uniform
 from .blocks import Blocks, Layout, groups
 from .budget import READING, READS_U, Plan, least
 from .cache import Asked, Reader, is_block_model, open_reader
-from .canvas import ROW, Canvas, Predictor
+from .canvas import Canvas, Predictor
 from .draw import draw_tokens
 from .filters import ban, penalise_repetition
 from .order import BLIND_ORDERS, best, blind_scores, confidence, first_of, margin, negative_entropy, ranked
@@ -95,10 +95,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
             if hooked:
                 logits_NV = logits_BLV.flatten(0, 1)[wanted_N]
             logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, settings.banned_ids)
-            if settings.repetition_penalty != 1:
-                visible_BL = ~masked_BL if canvas.segments_BL is None else ~masked_BL & (canvas.segments_BL == ROW)
-                rows_N = wanted_N // masked_BL.shape[1]
-                logits_NV = penalise_repetition(logits_NV, rows_N, tokens_BL, visible_BL, settings.repetition_penalty)
+            logits_NV = penalise_repetition(logits_NV, wanted_N, tokens_BL, canvas.visible(masked_BL), settings.repetition_penalty)
             committed_BL, x_hat_BL, confidence_BL = _choose(
                 logits_NV, wanted_BL, wanted_N, scores_BL, count_B, plan, keys_BL, canvas.positions_BL, step, settings
             )

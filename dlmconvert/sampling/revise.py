@@ -25,6 +25,9 @@ with a full forward (cache.py). A row ends with the part that holds its end toke
 WINO asks a second time in the same forward (shadow.py). Released settings are kept: at most clamp(0.7 n, 5, 20) tokens settle a step,
 none is doubted in a step that settles one, and fewer are masked again than settled in the step before, so that every block ends.
 
+A repetition penalty acts in every draw, score and doubt, of masked and of settled positions (filters.py): a settled token counts for
+the other positions of its row, and where it is judged itself it does not, as if it were masked.
+
 Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
 """
 
@@ -41,7 +44,7 @@ from .blocks import Layout
 from .cache import Asked, Reader
 from .canvas import Canvas, Predictor
 from .draw import draw_tokens
-from .filters import ban
+from .filters import ban, penalise_repetition
 from .order import best, confidence
 from .predictions import places
 from .shadow import Shadow
@@ -92,6 +95,7 @@ class Reviser:
     reader: Reader
     draw: dict
     banned_ids: Sequence[int]
+    repetition_penalty: float
     end_ids: Sequence[int] = ()
     forwards_each: int = 1  # with guidance, 2
     nfe: int = 0
@@ -134,6 +138,8 @@ class Reviser:
 
     def judge(self, logits_NV: torch.Tensor, flat_N: torch.Tensor, step: int, **draw):
         logits_NV = ban(logits_NV, self.predictor.mask_token_id, self.predictor.vocab_size, self.banned_ids)
+        visible_BL = self.canvas.visible(self.masked_BL)
+        logits_NV = penalise_repetition(logits_NV, flat_N, self.tokens_BL, visible_BL, self.repetition_penalty)
         keys_N, positions_N = self.keys_BL.flatten()[flat_N], self.canvas.positions_BL.flatten()[flat_N]
         x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **(self.draw | draw))
         return torch.log_softmax(logits_NV, dim=-1), x_hat_N, flat_N

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_decoders import MASK, denoiser_of, sees
+from tiny_decoders import MASK, denoiser_of, penalise, sees
 
 from dlmconvert.sampling import polish
 from dlmconvert.sampling.cache import BlockReader
@@ -19,12 +19,12 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16]]
 NEW, LENGTH = 20, 11
 MODELS = [(pattern, alignment) for pattern in ("block_causal", "context_causal", "causal_in_block") for alignment in ("shift", "in_place")]
 SETTINGS = [
-    dict(revision="remdm", revision_strength=0.4),
+    dict(revision="remdm", revision_strength=0.4, repetition_penalty=1.5),
     dict(revision="remdm", num_steps=24, cfg_scale=0.5),
     dict(revision="p2"),
-    dict(revision="p2", num_steps=12),
+    dict(revision="p2", num_steps=12, repetition_penalty=1.5),
     dict(revision="wino", threshold=0.002, revision_strength=0.3),
-    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5),
+    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5, repetition_penalty=1.5),
     dict(revision="gidd", order="confidence"),
     dict(revision="gidd", order="random", num_steps=14, revision_strength=0.8, cfg_scale=0.5),
     dict(revision="edits", revision_strength=0.004, order="entropy", threshold=0.003, repetition_penalty=1.2),
@@ -45,14 +45,15 @@ def doubting(*choices, **more):
 
 
 @torch.no_grad()
-def log_p(denoiser, tokens: list[int], positions: list[int], seen: list[list[bool]]) -> torch.Tensor:
+def log_p(denoiser, tokens: list[int], positions: list[int], seen: list[list[bool]], judged: list[int], penalty: float) -> torch.Tensor:
     mask = torch.zeros(len(tokens), len(tokens)).masked_fill(~torch.tensor(seen), torch.finfo(torch.float32).min)
     logits = denoiser.model(input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]), attention_mask=mask[None, None], use_cache=False).logits[0]
     logits[:, MASK] = float("-inf")
+    penalise(logits, judged, tokens, penalty)
     return torch.log_softmax(logits, -1)
 
 
-def slow(denoiser, prompt: list[int], revise) -> list[int]:
+def slow(denoiser, prompt: list[int], revise, penalty: float) -> list[int]:
     """Block after block; revise(ask, state, todo) fills the places `todo` of the block at the end of `state`. ask(state, held): log p of
     each column, then of a mask for each of the columns `held` that sees what its place sees but that column."""
     pattern, lag = denoiser.spec.attention, int(denoiser.spec.alignment == "shift")
@@ -68,11 +69,11 @@ def slow(denoiser, prompt: list[int], revise) -> list[int]:
             for number, i in enumerate(held, start=len(state)):
                 seen[number][i] = False
             seen = [row + [number == len(state) + shadow for shadow in range(len(held))] for number, row in enumerate(seen)]
-            return log_p(denoiser, state + [MASK] * len(held), places, seen)
+            return log_p(denoiser, state + [MASK] * len(held), places, seen, [*range(lag, len(state) + lag), *held], penalty)
 
         if len(tokens) == start and lag:  # the first token of a block: from the clean text
             seen = [[sees(pattern, q, k, origin, LENGTH, len(tokens)) for k in range(len(tokens))] for q in range(len(tokens))]
-            tokens.append(int(log_p(denoiser, tokens, list(range(len(tokens))), seen)[-1].argmax()))
+            tokens.append(int(log_p(denoiser, tokens, list(range(len(tokens))), seen, list(range(1, len(tokens) + 1)), penalty)[-1].argmax()))
         todo = list(range(len(tokens), stop))
         tokens = tokens + [MASK] * len(todo)
         if todo:
@@ -139,8 +140,9 @@ SLOW = [
 def test_they_are_the_slow_ones(pattern, alignment):
     denoiser = doubting("llama", pattern, alignment, LENGTH)
     canvas = build_canvas([prompt + [None] * NEW for prompt in PROMPTS], 0)
-    for settings, revise in SLOW:
-        assert canvas.rows(generate(denoiser, canvas, **settings).tokens_BL) == [slow(denoiser, prompt, revise) for prompt in PROMPTS], settings
+    for (settings, revise), penalty in itertools.product(SLOW, (1.0, 1.5)):
+        filled = canvas.rows(generate(denoiser, canvas, repetition_penalty=penalty, **settings).tokens_BL)
+        assert filled == [slow(denoiser, prompt, revise, penalty) for prompt in PROMPTS], (settings, penalty)
 
 
 @pytest.mark.parametrize("pattern, alignment", MODELS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from test_approximate_cache import StaleModel
-from tiny_decoders import MASK, denoiser_of
+from tiny_decoders import MASK, denoiser_of, penalise
 
+from dlmconvert.diffusion.randomness import SAMPLE_ORDER, SAMPLE_TOKEN, counter_gumbel, counter_uniform
 from dlmconvert.sampling import polish
 from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts
 from dlmconvert.sampling.denoise import denoise, generate
@@ -19,13 +21,13 @@ ROWS = [[5, None, None, 6, 7, None, None, None, 8, 9, None], [1, 2] + [None] * 9
 MODELS = [("gpt2", "shift"), ("llama", "in_place"), ("llama", "shift")]
 KINDS = ("prefix", "dual")
 SETTINGS = [
-    dict(revision="remdm", revision_strength=0.5, num_steps=12),
+    dict(revision="remdm", revision_strength=0.5, num_steps=12, repetition_penalty=1.5),
     dict(revision="remdm", revision_strength=0.5, cfg_scale=0.5),
-    dict(revision="p2"),
+    dict(revision="p2", repetition_penalty=1.5),
     dict(revision="p2", num_steps=7, cfg_scale=0.5),
     dict(revision="wino", threshold=0.002, revision_strength=0.3),
-    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5),
-    dict(revision="gidd", order="confidence"),
+    dict(revision="wino", threshold=0.002, revision_strength=0.3, cfg_scale=0.5, repetition_penalty=1.5),
+    dict(revision="gidd", order="confidence", repetition_penalty=1.5),
     dict(revision="edits", revision_strength=0.004, threshold=0.003),
 ]
 
@@ -42,22 +44,36 @@ def doubting(family, alignment):
     return denoiser
 
 
-def slow(denoiser, row, kind, revise, length) -> list[int]:
+class Guided(StaleModel):
+    """un + (s + 1) (cond - un), by a model asked twice: un does not see the given tokens of the row."""
+
+    def __init__(self, denoiser, row, scale):
+        super().__init__(denoiser)
+        self.row, self.scale, self.other = row, scale, StaleModel(denoiser)
+
+    def logits(self, state, window, held=()):
+        un = [token if given is None else MASK for token, given in zip(state, self.row, strict=True)]
+        cond, un = super().logits(state, window, held), self.other.logits(un, window, held)
+        return un + (self.scale + 1) * (cond - un)
+
+
+def slow(denoiser, row, kind, revise, length, scale=0.0, penalty=1.0) -> list[int]:
     """Part after part; revise(ask, state, block, lag). ask(held): p of each column, then of a mask that does not see column i of `held`. The
-    first question of a part is a full forward."""
+    first question of a part is a full forward, and without a cache (kind None) each."""
     lag = int(denoiser.alignment == "shift")
     state = [MASK if token is None else token for token in row]
     holes = [i for i, token in enumerate(row) if token is None]
-    model = StaleModel(denoiser)
+    model = Guided(denoiser, row, scale) if scale else StaleModel(denoiser)
     for start in range(0, len(holes), length):
         block = holes[start : start + length]
         fresh = [True]
 
         def ask(held=(), block=block, fresh=fresh):
-            window = None if fresh else range(max(block[0] - lag, 0), len(row) if kind == "prefix" else block[-1] + 1)
+            window = None if fresh or kind is None else range(max(block[0] - lag, 0), len(row) if kind == "prefix" else block[-1] + 1)
             fresh.clear()
             logits = model.logits(state, window, tuple(held))
             logits[:, MASK] = float("-inf")
+            penalise(logits, [*range(lag, len(state) + lag), *held], state, penalty)
             return torch.softmax(logits, -1)
 
         revise(ask, state, block, lag)
@@ -88,15 +104,56 @@ def slow_wino(ask, state, block, lag, threshold=0.02, doubt=0.3):
         last = count
 
 
+def slow_remdm(ask, state, block, lag, row, key, clock, cap, num_steps=None, temperature=0.0):
+    """clock: the steps of the row, of which a block has its share."""
+    holes = [i for i, token in enumerate(row) if token is None]
+    first, all_steps = holes.index(block[0]), num_steps or len(holes)
+    steps_of_block = all_steps * (first + len(block)) // len(holes) - all_steps * first // len(holes)
+    for j in range(steps_of_block):
+        step, alpha_t, alpha_s = next(clock), j / steps_of_block, (j + 1) / steps_of_block
+        sigma = min(cap, 1, (1 - alpha_s) / alpha_t if alpha_t else 1)
+        r = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+        u = {i: float(counter_uniform(SAMPLE_ORDER, 0, key, step, i, 4)) for i in block}
+        shown = [i for i in block if state[i] == MASK and u[i] < r]
+        hidden = [i for i in block if state[i] != MASK and u[i] < sigma]
+        p = ask() if shown else None
+        tokens = {}
+        for i in shown:
+            noise = [counter_gumbel(SAMPLE_TOKEN, 0, key, step, i, v) for v in range(p.shape[1])] if temperature else None
+            tokens[i] = int((p[i - lag].log() / temperature + torch.stack(noise)).argmax() if temperature else p[i - lag].argmax())
+        for i in hidden:
+            state[i] = MASK
+        for i in shown:
+            state[i] = tokens[i]
+
+
+GAPS = [*ROWS, [5, None, None, 6, *[None] * 16, 7, None]]
+
+
+@pytest.mark.parametrize("length", [8, 30])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("family, alignment", MODELS)
+def test_remdm_is_the_slow_one(kind, family, alignment, length):
+    denoiser, canvas = denoiser_of(family, alignment=alignment), build_canvas(GAPS, 0)
+    for scale, penalty, how in ((0.0, 1.0, dict(num_steps=11, temperature=0.7)), (0.0, 1.5, {}), (0.5, 1.0, dict(num_steps=30))):
+        both = dict(cfg_scale=scale, repetition_penalty=penalty, **how)
+        steps = list(denoise(denoiser, canvas, revision="remdm", revision_strength=0.6, block_length=length, cache=kind, **both))
+        slow_ones = [partial(slow_remdm, row=row, key=key, clock=itertools.count(), cap=0.6, **how) for key, row in enumerate(GAPS)]
+        expected = [slow(denoiser, row, kind, revise, length, scale, penalty) for row, revise in zip(GAPS, slow_ones, strict=True)]
+        assert canvas.rows(steps[-1].tokens_BL) == expected, (scale, how)
+        assert any(bool((after.masked_BL & ~before.masked_BL).any()) for before, after in itertools.pairwise(steps)), "nothing was masked again"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family, alignment", MODELS)
 def test_the_slow_ones_agree_also_for_gaps(kind, family, alignment):
     denoiser = denoiser_of(family, alignment=alignment)
-    rows = [*ROWS, [5, None, None, 6, *[None] * 16, 7, None]]
-    canvas = build_canvas(rows, 0)
+    canvas = build_canvas(GAPS, 0)
     for settings, revise in ((dict(revision="p2"), slow_p2), (dict(revision="wino", threshold=0.02, revision_strength=0.3), slow_wino)):
-        steps = list(denoise(denoiser, canvas, block_length=8, cache=kind, **settings))
-        assert canvas.rows(steps[-1].tokens_BL) == [slow(denoiser, row, kind, revise, 8) for row in rows], settings
+        for scale, penalty in ((0.5, 1.0), (0.5, 1.5), (0.0, 1.0), (0.0, 1.5)):
+            steps = list(denoise(denoiser, canvas, block_length=8, cache=kind, cfg_scale=scale, repetition_penalty=penalty, **settings))
+            expected = [slow(denoiser, row, kind, revise, 8, scale, penalty) for row in GAPS]
+            assert canvas.rows(steps[-1].tokens_BL) == expected, (settings, scale, penalty)
     assert any(bool((after.masked_BL & ~before.masked_BL).any()) for before, after in itertools.pairwise(steps)), "nothing was ever doubted"
 
 
@@ -151,27 +208,8 @@ def test_prompts_padded_on_the_left_are_those_on_the_right(kind):
 
 
 def test_guidance_of_wino_is_that_of_the_logits():
-    """Of masks and of the shadow: un + (s + 1) (cond - un), by a model asked twice."""
+    """Of masks and of the shadow."""
     denoiser = denoiser_of("llama", alignment="in_place")
-
-    class Twice(StaleModel):
-        def __init__(self, denoiser, scale):
-            super().__init__(denoiser)
-            self.scale, self.other = scale, StaleModel(denoiser)
-
-        def logits(self, state, window, held=()):
-            un = [token if row[i] is None else MASK for i, token in enumerate(state)]
-            cond, un = super().logits(state, window, held), self.other.logits(un, window, held)
-            return un + (self.scale + 1) * (cond - un)
-
     for row in ROWS:
-        model, state, holes = Twice(denoiser, 0.5), [MASK if t is None else t for t in row], [i for i, t in enumerate(row) if t is None]
-
-        def ask(held=(), state=state, model=model):
-            logits = model.logits(state, None, tuple(held))
-            logits[:, MASK] = float("-inf")
-            return torch.softmax(logits, -1)
-
-        slow_wino(ask, state, holes, 0)
         found = generate(denoiser, build_canvas([row], 0), revision="wino", threshold=0.02, revision_strength=0.3, cfg_scale=0.5)
-        assert found.tokens_BL[0].tolist() == state
+        assert found.tokens_BL.tolist() == [slow(denoiser, row, None, slow_wino, len(row), 0.5)]

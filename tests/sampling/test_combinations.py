@@ -45,7 +45,7 @@ def drawn(seed: int):
         polishing = r.choice([None, {"revision": "gidd"}, {"revision": "edits", "revision_strength": 0.005}])
         if polishing is not None:
             return _MODELS[key], rows, how | polishing
-        how = {name: how[name] for name in ("seed", "temperature", "top_p", "top_k", "block_length", "cache", "cfg_scale", "end_ids") if name in how}
+        how = {name: how[name] for name in ("seed", "temperature", "top_p", "top_k", "block_length", "cache", "cfg_scale", "repetition_penalty", "end_ids") if name in how}
         how |= r.choice([{"revision": "remdm", "revision_strength": 0.3}, {"revision": "p2"}, {"revision": "p2", "cfg_scale": 0.7}, {"revision": "wino", "threshold": 0.002}])
     return _MODELS[key], rows, how
 

@@ -82,6 +82,15 @@ def test_samplers_by_name(model_folder, flags, nfe):
     assert (result["nfe"], result["num_tokens"]) == (nfe, 6)
 
 
+@pytest.mark.parametrize("flags", [("--revision", "remdm"), ("--revision", "p2"), ("--revision", "wino")])
+def test_a_penalty_leaves_fewer_repeats_under_revision(model_folder, flags):
+    def num_distinct(*more):
+        (result,) = samples("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 30, *flags, *more)
+        return len(set(result["text"]))
+
+    assert num_distinct("--repetition-penalty", 3) > num_distinct() == num_distinct("--repetition-penalty", 1)
+
+
 def test_a_text_that_ends_is_shown_and_counted_to_its_end(model_folder, tmp_path):
     folder = tmp_path / "ends"
     folder.mkdir()

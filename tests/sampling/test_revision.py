@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_decoders import MASK, denoiser_of
+from tiny_decoders import MASK, denoiser_of, penalise
 from tiny_predictors import HashPredictor, TablePredictor, chi_square_limit
 
 from dlmconvert.sampling.canvas import build_canvas
@@ -22,10 +22,11 @@ def hash_predictor(corruption="masking"):
     return predictor
 
 
-def distribution(state: list[int], place: int) -> torch.Tensor:
+def distribution(state: list[int], place: int, penalty: float = 1.0) -> torch.Tensor:
     """p_V of the hash predictor, over the tokens that exist."""
     wanted = torch.tensor([[i == place for i in range(len(state))]])
     logits_V = HashPredictor().predict(torch.tensor([state]), wanted, torch.arange(len(state))[None], None)[0, :M]
+    penalise(logits_V[None], [place], [MASK if token == M else token for token in state], penalty)
     return torch.softmax(logits_V, -1)
 
 
@@ -126,15 +127,16 @@ def test_remdm_keeps_the_marginals_of_training():
 # P2, GIDD, edits, WINO: one row, lists and loops.
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("num_steps", [1, 4, 9, 20])
-def test_p2_is_the_slow_one(num_steps):
+def test_p2_is_the_slow_one(num_steps, penalty):
     row = ROWS[0]
     state, open_places = [M if t is None else t for t in row], [i for i, t in enumerate(row) if t is None]
     n = len(open_places)
     for j in range(num_steps):
         scored = []
         for place in open_places:
-            p = distribution(state, place)
+            p = distribution(state, place, penalty)
             token = int(p.argmax()) if state[place] == M else state[place]
             scored.append((float(p[token]), -place, token))
         kept = n - n * (num_steps - j - 1) // num_steps
@@ -142,18 +144,21 @@ def test_p2_is_the_slow_one(num_steps):
         for rank, (_, place, token) in enumerate(sorted(scored, reverse=True)):
             after[-place] = token if rank < kept else M
         state = after
-    assert generate(HashPredictor(), build_canvas([row], 0), revision="p2", num_steps=num_steps).tokens_BL[0].tolist() == state
+    how = dict(revision="p2", num_steps=num_steps, repetition_penalty=penalty)
+    assert generate(HashPredictor(), build_canvas([row], 0), **how).tokens_BL[0].tolist() == state
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("revision", ["gidd", "edits"])
-def test_polishing_is_the_slow_one(revision):
+def test_polishing_is_the_slow_one(revision, penalty):
     strength = {"gidd": 0.0, "edits": 0.25}[revision]
     row = ROWS[0]
     open_places = [i for i, t in enumerate(row) if t is None]
-    state = generate(HashPredictor(), build_canvas([row], 0), order="entropy").tokens_BL[0].tolist()
+    how = dict(order="entropy", repetition_penalty=penalty)
+    state = generate(HashPredictor(), build_canvas([row], 0), **how).tokens_BL[0].tolist()
     best, since = -1.0, 0
     for _ in range(128):
-        opinions = {place: distribution(state, place) for place in open_places}
+        opinions = {place: distribution(state, place, penalty) for place in open_places}
         other = {p: (float(d.max()), int(d.argmax())) for p, d in opinions.items() if int(d.argmax()) != state[p]}
         accuracy = 1 - len(other) / len(open_places)
         since = 0 if accuracy > best + 1e-9 else since + 1
@@ -166,7 +171,18 @@ def test_polishing_is_the_slow_one(revision):
             break
         state = [other[p][1] if p in changes else t for p, t in enumerate(state)]
     predictor = hash_predictor(revision)
-    assert generate(predictor, build_canvas([row], 0), order="entropy", revision=revision, revision_strength=strength).tokens_BL[0].tolist() == state
+    assert generate(predictor, build_canvas([row], 0), **how, revision=revision, revision_strength=strength).tokens_BL[0].tolist() == state
+
+
+@pytest.mark.parametrize("settings", [dict(revision="remdm", num_steps=4, revision_strength=0.3), dict(revision="p2", num_steps=4), dict(revision="gidd", num_steps=2), dict(revision="edits", num_steps=2)], ids=str)
+def test_a_penalty_leaves_fewer_repeats(settings):
+    canvas = build_canvas([[1, 2] + [None] * 10] * 8, 0)
+
+    def num_distinct(**how):
+        rows = generate(hash_predictor("gidd"), canvas, temperature=1.0, **settings, **how).tokens_BL.tolist()
+        return sum(len(set(row)) for row in rows)
+
+    assert num_distinct(repetition_penalty=3.0) > num_distinct(repetition_penalty=1.0) == num_distinct()
 
 
 @torch.no_grad()

@@ -97,13 +97,14 @@ def test_even_budget_sums_to_n(n, num_steps):
 def test_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits_NV = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    logits_NV = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     tokens_BL = torch.tensor([[1, 2, 2, 8], [3, 3, 0, 7]])
     visible_BL = torch.tensor([[True, True, True, False], [True, False, True, True]])
-    rows_N = torch.tensor([0, 1, 1])
-    ours_NV = penalise_repetition(logits_NV, rows_N, tokens_BL, visible_BL, 1.7)
-    for place, row in enumerate(rows_N.tolist()):
-        visible = tokens_BL[row][visible_BL[row]][None]
+    flat_N = torch.tensor([3, 0, 1, 5, 4])  # a masked one; a single 1, one of two 2; a masked one, a single 3
+    ours_NV = penalise_repetition(logits_NV, flat_N, tokens_BL, visible_BL, 1.7)
+    for place, (row, column) in enumerate(divmod(flat, 4) for flat in flat_N.tolist()):
+        others_L = visible_BL[row] & (torch.arange(4) != column)  # a token does not repeat itself
+        visible = tokens_BL[row][others_L][None]
         assert torch.equal(RepetitionPenaltyLogitsProcessor(1.7)(visible, logits_NV[place : place + 1].clone())[0], ours_NV[place])
 
 

@@ -31,6 +31,13 @@ def sees(pattern: str, query: int, key: int, origin: int, block_length: int, noi
     return block_k == block_q and (pattern != "causal_in_block" or key <= query)
 
 
+def penalise(logits_QV: torch.Tensor, judged: list[int], state: list[int], penalty: float) -> None:
+    """CTRL's penalty on what stands elsewhere than at the position that each row of logits judges."""
+    for logits_V, place in zip(logits_QV, judged, strict=True):
+        seen = sorted({token for other, token in enumerate(state) if other != place and token != MASK})
+        logits_V[seen] = torch.where(logits_V[seen] > 0, logits_V[seen] / penalty, logits_V[seen] * penalty)
+
+
 @torch.no_grad()
 def logits_of(denoiser, tokens: list[int], seen: list[list[bool]]) -> torch.Tensor:
     """logits_LV of stock transformers under an explicit mask."""
