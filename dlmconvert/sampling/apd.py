@@ -26,6 +26,7 @@ from .filters import ban
 from .order import confidence
 from .predictions import places
 from .step import Step
+from .transfer import on_device
 
 
 class Helper(Protocol):
@@ -59,12 +60,15 @@ def apd(
     masked_BL = canvas.masked_BL.clone()
     tokens_BL = canvas.tokens_BL.masked_fill(masked_BL, predictor.mask_token_id)
     keys_BL = canvas.row_keys_B[:, None].expand(masked_BL.shape)
-    ends = torch.tensor(list(end_ids), dtype=torch.int64, device=tokens_BL.device)
+    ends = on_device(list(end_ids), tokens_BL.device, torch.int64)
     hot = draw["temperature"] > 0
     step = 0
-    while bool(masked_BL.any()):
+    while True:
         wanted_BL = masked_BL & (masked_BL.cumsum(dim=1) <= lookahead)
-        flat_N = places(wanted_BL, int(wanted_BL.sum()))
+        num_wanted = int(wanted_BL.sum())
+        if num_wanted == 0:
+            return
+        flat_N = places(wanted_BL, num_wanted)
         keys_N, positions_N = keys_BL.flatten()[flat_N], canvas.positions_BL.flatten()[flat_N]
         logits_NV = predictor.predict(tokens_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL)
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)

@@ -31,6 +31,7 @@ from .draw import draw_tokens
 from .filters import ban
 from .order import confidence
 from .step import Step
+from .transfer import on_device
 
 NUM_CANDIDATES, FOLLOWING, STEPS_OF_A_CANDIDATE = 8, 8, 8
 
@@ -112,20 +113,23 @@ def daedal(
         logits_NV = predictor.predict(tokens_BL, wanted_BL, grown.positions_BL, grown.segments_BL)
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
         nfe += 1
-        places_NB = wanted_BL.nonzero()
-        keys_N = canvas.row_keys_B[torch.tensor([answer.row for answer in live], device=tokens_BL.device)][places_NB[:, 0]]
-        x_hat_N = draw_tokens(logits_NV, keys_N, grown.positions_BL[wanted_BL], step=step, **draw)
+        width = wanted_BL.shape[1]
+        flat_N = on_device([place * width + len(answer.prompt) + i for place, answer in enumerate(live) for i in range(len(answer.tokens))], tokens_BL.device)
+        keys_BL = canvas.row_keys_B[on_device([answer.row for answer in live], tokens_BL.device)][:, None].expand(wanted_BL.shape)
+        x_hat_N = draw_tokens(logits_NV, keys_BL.flatten()[flat_N], grown.positions_BL.flatten()[flat_N], step=step, **draw)
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-        ends = torch.tensor(list(end_ids), device=tokens_BL.device)
-        told = torch.stack([confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1)]).cpu()
-        is_end_N, x_hat = torch.isin(log_p_NV.argmax(dim=-1), ends).cpu(), x_hat_N.tolist()
+        ends = on_device(list(end_ids), tokens_BL.device)
+        is_end_N = torch.isin(log_p_NV.argmax(dim=-1), ends)
+        # One copy to the host; token ids are exact in double precision.
+        told = torch.stack([x.to(torch.float64) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).cpu()
+        c_N, p_end_N, is_end_N, x_hat = told[0].to(torch.float32), told[1].to(torch.float32), told[2].bool(), told[3].to(torch.int64).tolist()
         at = 0
         for answer in live:
             here = slice(at, at + len(answer.tokens))
             at = here.stop
             answer.settled = set()
-            sure = eos_confidence(told[1, here], is_end_N[here], growth.window)
-            _advance(answer, x_hat[here], told[0, here].tolist(), sure, growth, end_ids, stops)
+            sure = eos_confidence(p_end_N[here], is_end_N[here], growth.window)
+            _advance(answer, x_hat[here], c_N[here].tolist(), sure, growth, end_ids, stops)
         yield _step(canvas, answers, predictor.mask_token_id, end_ids[0], step, nfe)
         step += 1
 

@@ -20,6 +20,7 @@ from .loop import Settings, after_end, steps_of
 from .order import best, confidence
 from .revise import Reviser
 from .step import Step
+from .transfer import on_device
 
 MOST_ROUNDS, PATIENCE = 128, 32  # GIDD's settings
 
@@ -34,9 +35,11 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
     active_B = torch.ones(rows, dtype=torch.bool, device=reviser.open_BL.device)
     best_B, since_B = torch.full((rows,), -1.0, device=active_B.device), torch.zeros(rows, dtype=torch.int64, device=active_B.device)
     own = {"temperature": strength} if revision == "gidd" else {"temperature": 0.0}
+    num_open, is_active = reviser.open_BL.sum(dim=1).tolist(), [True] * rows
     for round_number in range(num_rounds):
         # Draws are keyed by the round: when the canvas was finished depends on the other rows.
-        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, **own)
+        counts = [count if active else 0 for count, active in zip(num_open, is_active, strict=True)]
+        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, counts=counts, **own)
         if answer is None:
             return
         log_p_NV, x_hat_N, flat_N = answer
@@ -53,7 +56,8 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
         else:
             changes_BL = differs_BL & (c_BL >= strength)
         active_B = changes_BL.any(dim=1)
-        if not bool(active_B.any()):
+        is_active = active_B.tolist()  # the one place of a round where the host waits
+        if not any(is_active):
             return
         yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
 
@@ -102,7 +106,7 @@ def polished_in_blocks(reviser: Reviser, settings: Settings, revision: str, stre
             )  # fmt: skip
             index += 1
         opens = [part < len(spans) and spans[part].opens for spans in layout.spans]
-        reviser.open_BL = _before_end(reviser.tokens_BL, part_BL, end_ids) & ~torch.tensor(opens, device=part_BL.device)[:, None]
+        reviser.open_BL = _before_end(reviser.tokens_BL, part_BL, end_ids) & ~on_device(opens, part_BL.device)[:, None]
         for step in polish(reviser, revision, strength, index, MOST_ROUNDS):
             yield step
             index += 1
@@ -126,5 +130,5 @@ def _before_end(tokens_BL: torch.Tensor, open_BL: torch.Tensor, end_ids: Sequenc
     """Those of the open positions that stand left of the first end token among them."""
     if not end_ids:
         return open_BL
-    is_end_BL = torch.isin(tokens_BL, torch.tensor(list(end_ids), device=tokens_BL.device)) & open_BL
+    is_end_BL = torch.isin(tokens_BL, on_device(list(end_ids), tokens_BL.device)) & open_BL
     return open_BL & (is_end_BL.cumsum(dim=1) == 0)

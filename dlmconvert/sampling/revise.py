@@ -49,6 +49,7 @@ from .order import best, confidence
 from .predictions import places
 from .shadow import Shadow
 from .step import Step
+from .transfer import on_device
 
 REVISIONS = {"remdm": 0.02, "p2": None, "wino": 0.9, "gidd": 0.1, "edits": 0.9}  # name -> default strength
 POLISHING = ("gidd", "edits")
@@ -100,6 +101,7 @@ class Reviser:
     forwards_each: int = 1  # with guidance, 2
     nfe: int = 0
     parts: list[int] = field(default_factory=list)  # the part of each row
+    is_alive: list[bool] = field(default_factory=list)  # of each row when it was last asked: has it a part under work?
 
     def __post_init__(self):
         self.open_BL = self.canvas.masked_BL  # positions that the sampler fills, and may change
@@ -109,30 +111,37 @@ class Reviser:
         self.has_ended_B = torch.zeros_like(self.canvas.row_keys_B, dtype=torch.bool)
         self.parts = [0] * len(self.has_ended_B)
         self.last_steps_BK = self.layout.steps_BK.cumsum(dim=1)  # the step at which each part is over
+        self.last_steps = self.last_steps_BK.tolist()
 
     @property
     def num_steps(self) -> int:
-        return int(self.last_steps_BK.max())
+        return max(map(max, self.last_steps))
 
     def now(self, step: int) -> Now:
         """Every part takes its share of the row's steps, so where a row stands depends on the step alone."""
         part_B = (step >= self.last_steps_BK).sum(dim=1)
-        self.parts = part_B.tolist()
+        self.parts = [sum(step >= last for last in row) for row in self.last_steps]
         part_BL = self.open_BL & (self.layout.number_BL == part_B[:, None]) & ~self.has_ended_B[:, None]
         at_B1 = part_B.clamp(max=self.last_steps_BK.shape[1] - 1)[:, None]
         num_steps_B = self.layout.steps_BK.gather(1, at_B1)[:, 0].clamp(min=1)
         step_B = step - self.last_steps_BK.gather(1, at_B1)[:, 0] + num_steps_B
         return Now(part_BL, part_BL.sum(dim=1), step_B, num_steps_B)
 
-    def ask(self, wanted_BL: torch.Tensor, step: int, live_BL: torch.Tensor | None = None, **draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number.
+    def ask(
+        self, wanted_BL: torch.Tensor, step: int, live_BL: torch.Tensor | None = None, counts: list[int] | None = None, **draw
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number, where it does
+        not know the `counts` of each row.
 
         live_BL: the positions of each row's part; default the wanted ones. A row without any is done."""
-        counts, alive = torch.stack([wanted_BL.sum(dim=1), (wanted_BL if live_BL is None else live_BL).sum(dim=1)]).tolist()
+        alive = counts
+        if counts is None:
+            counts, alive = torch.stack([wanted_BL.sum(dim=1), (wanted_BL if live_BL is None else live_BL).sum(dim=1)]).tolist()
+        self.is_alive = [n > 0 for n in alive]
         if not any(counts):
             return None
         flat_N = places(wanted_BL, sum(counts))
-        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, self.parts, [n > 0 for n in alive]))
+        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, self.parts, self.is_alive))
         self.nfe += self.forwards_each
         return self.judge(logits_NV, flat_N, step, **draw)
 
@@ -153,7 +162,7 @@ class Reviser:
         after this step; what stands right of an end token among them is given back."""
         given_back_BL = torch.zeros_like(masked_BL)
         if self.end_ids:
-            is_end_BL = torch.isin(tokens_BL, torch.tensor(list(self.end_ids), device=tokens_BL.device)) & final_BL
+            is_end_BL = torch.isin(tokens_BL, on_device(list(self.end_ids), tokens_BL.device)) & final_BL
             self.has_ended_B = self.has_ended_B | is_end_BL.any(dim=1)
             given_back_BL = masked_BL & self.has_ended_B[:, None]
             masked_BL = masked_BL & ~given_back_BL
@@ -171,8 +180,6 @@ def remdm(reviser: Reviser, cap: float) -> Iterator[Step]:
     """S steps a part of the reverse process with remasking; see the table above. A step that reveals nothing costs no forward."""
     for step in range(reviser.num_steps):
         now = reviser.now(step)
-        if not bool(now.part_BL.any()):  # every row has ended
-            return
         t_B, s_B = ((now.num_steps_B - now.step_B - at).clamp(min=0).to(torch.float64) / now.num_steps_B for at in (0, 1))
         sigma_B = (s_B / (1 - t_B).clamp(min=1e-12)).clamp(max=min(cap, 1.0))
         sigma_B = torch.where(t_B >= 1, min(cap, 1.0), sigma_B)  # nothing has settled yet: sigma changes nothing
@@ -181,6 +188,8 @@ def remdm(reviser: Reviser, cap: float) -> Iterator[Step]:
         wanted_BL = now.part_BL & reviser.masked_BL & (u_BL < reveal_B[:, None])
         again_BL = now.part_BL & ~reviser.masked_BL & (u_BL < sigma_B[:, None])
         answer = reviser.ask(wanted_BL, step, now.part_BL)
+        if not any(reviser.is_alive):  # every row has ended
+            return
         tokens_BL, c_BL = reviser.tokens_BL, torch.zeros(wanted_BL.shape, device=wanted_BL.device)
         if answer is not None:
             log_p_NV, x_hat_N, flat_N = answer
@@ -218,16 +227,19 @@ def wino(reviser: Reviser, shadow: Shadow, threshold: float, doubt: float) -> It
     part_B, step = torch.full_like(last_B, -1), 0
     while True:
         now_B = number_BL.masked_fill(~reviser.masked_BL, length).min(dim=1).values
-        numbers = now_B.tolist()
-        if all(number >= length for number in numbers):
-            return
         last_B = torch.where(now_B == part_B, last_B, 30)
         part_B = now_B
         part_BL = reviser.open_BL & (number_BL == now_B[:, None])
         open_BL, stands_BL = part_BL & reviser.masked_BL, part_BL & ~reviser.masked_BL
-        logits_NV = shadow.read(reviser.tokens_BL, open_BL, stands_BL, numbers)
+        # The one place of a step where the host waits.
+        numbers, num_open, num_standing = torch.stack([now_B, open_BL.sum(dim=1), stands_BL.sum(dim=1)]).tolist()
+        if all(number >= length for number in numbers):
+            return
+        logits_NV = shadow.read(reviser.tokens_BL, open_BL, stands_BL, numbers, num_open, num_standing)
         reviser.nfe += reviser.forwards_each
-        log_p_NV, x_hat_N, flat_N = reviser.judge(logits_NV, _both(open_BL, stands_BL), step)
+        # Row-major places of the masked positions, then of the settled ones: the shadow's order.
+        flat_N = torch.cat([places(open_BL, sum(num_open)), places(stands_BL, sum(num_standing))])
+        log_p_NV, x_hat_N, flat_N = reviser.judge(logits_NV, flat_N, step)
         c_N = confidence(log_p_NV, torch.where(open_BL.flatten()[flat_N], x_hat_N, reviser.tokens_BL.flatten()[flat_N]))
         c_BL = reviser.spread(c_N, flat_N, torch.zeros(open_BL.shape, device=flat_N.device))
         tokens_BL = torch.where(open_BL, reviser.spread(x_hat_N, flat_N, reviser.tokens_BL), reviser.tokens_BL)
@@ -241,8 +253,3 @@ def wino(reviser: Reviser, shadow: Shadow, threshold: float, doubt: float) -> It
         over_BL = part_BL & ~(part_BL & masked_BL).any(dim=1, keepdim=True)
         yield reviser.settle(step, torch.where(settles_BL, tokens_BL, reviser.tokens_BL), masked_BL, c_BL, over_BL)
         step += 1
-
-
-def _both(open_BL: torch.Tensor, stands_BL: torch.Tensor) -> torch.Tensor:
-    """Places of the masked positions of the parts, then of the settled ones, each row-major: the order of ShadowReader."""
-    return torch.cat([places(x_BL, int(x_BL.sum())) for x_BL in (open_BL, stands_BL)])

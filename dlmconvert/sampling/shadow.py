@@ -13,6 +13,7 @@ positions asked for (row-major), V vocabulary.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -22,14 +23,18 @@ from ..diffusion.block_attention import BLOCK_PATTERNS, sees_at_inference
 from .blocks import Layout, row_lengths
 from .cache import GuidedReader, twice
 from .canvas import Canvas
+from .transfer import on_device, waits_for_counts
 from .windows import WindowPredictor
 
 
 class Shadow(Protocol):
-    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    def read(
+        self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int], num_open: list[int],
+        num_standing: list[int],
+    ) -> torch.Tensor:
         """logits_NV: of the masked positions of each row's part (open_BL) by the canvas, then of the settled ones by the shadow.
 
-        parts: the part of each row; a row with neither is done."""
+        parts: the part of each row; num_open, num_standing: how many there are in each row. A row with neither is done."""  # fmt: skip
         ...
 
 
@@ -58,28 +63,30 @@ class ShadowReader:
             return begin, end
         return max(span.first - self.lag, begin), end if self.cache == "prefix" else span.end
 
-    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    def read(
+        self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int], num_open: list[int],
+        num_standing: list[int],
+    ) -> torch.Tensor:
         device, length = tokens_BL.device, tokens_BL.shape[1]
-        num_standing, alive = torch.stack([stands_BL.sum(dim=1), (open_BL | stands_BL).sum(dim=1)]).tolist()
-        live = [row for row in self.rows if alive[row]]
+        live = [row for row in self.rows if num_open[row] + num_standing[row]]
         if self.store is not None and live != self.rows:
-            self.store.keep_rows(torch.tensor([self.rows.index(row) for row in live], device=device))
+            self.store.keep_rows(on_device([self.rows.index(row) for row in live], device))
         self.rows = live
         spans = [self.layout.spans[row][parts[row]] for row in live]
         windows = [self._window(row, parts[row]) for row in live]
         reach = [self.ends[row] if self.pattern is None else end for row, (_, end) in zip(live, windows, strict=True)]
-        first_R1, end_R1 = torch.tensor(windows, device=device).T[..., None]
-        reach_R1 = torch.tensor(reach, device=device)[:, None]
-        begin_R1, origin_R1, noised_R1 = torch.tensor(
-            [(self.layout.begins[row], self.layout.origins[row], span.first) for row, span in zip(live, spans, strict=True)], device=device
-        ).T[..., None]
+        first_R1, end_R1 = on_device(windows, device).T[..., None]
+        reach_R1 = on_device(reach, device)[:, None]
+        stand = [(self.layout.begins[row], self.layout.origins[row], span.first) for row, span in zip(live, spans, strict=True)]
+        begin_R1, origin_R1, noised_R1 = on_device(stand, device).T[..., None]
         width = max(end - first for first, end in windows)
         num_shadow = max(num_standing[row] for row in live)
 
         columns_RC = first_R1 + torch.arange(width, device=device)
         real_RC = columns_RC < end_R1
         columns_RC = torch.minimum(columns_RC, end_R1 - 1)  # of padding queries; some column that sees a key
-        stands_RL, rows_R1 = stands_BL[live], torch.tensor(live, device=device)[:, None]
+        rows_R = on_device(live, device)
+        stands_RL, rows_R1 = stands_BL[rows_R], rows_R[:, None]
         held_RW = torch.sort((~stands_RL).to(torch.int8), dim=1, stable=True).indices[:, :num_shadow]
         real_RW = torch.arange(num_shadow, device=device) < stands_RL.sum(dim=1, keepdim=True)
         place_RW = torch.where(real_RW, (held_RW - self.lag).clamp(min=0), end_R1 - 1)
@@ -103,10 +110,15 @@ class ShadowReader:
         slots_RC = columns_RC.masked_fill(~real_RC, self.nowhere)
         slots_RW = (length + torch.arange(num_shadow, device=device)).expand(len(live), -1).masked_fill(~real_RW, self.nowhere)
         kept_RQ = torch.cat([reading_BL[rows_R1, columns_RC] & real_RC, real_RW], dim=1)
-        logits_NV = self.predictor.forward_columns(
+        counts = [(num_open[row], num_standing[row]) for row in live]
+        most, kept = max(map(sum, counts)), kept_RQ
+        by_places = waits_for_counts(device)
+        if by_places:
+            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, :most]
+        logits = self.predictor.forward_columns(
             torch.cat([tokens_BL[rows_R1, columns_RC], masks_RW], dim=1),
             self.canvas.positions_BL[rows_R1, places_RQ],
-            kept_RQ,
+            kept,
             torch.cat([seen_RQK, shadow_RQW], dim=2),
             seen_RQK.shape[2] + num_shadow,
             self.store,
@@ -116,8 +128,11 @@ class ShadowReader:
         if self.store is not None:
             for row, span in zip(live, spans, strict=True):
                 self.num_stored[row], self.part[row] = span.first, parts[row]
-        of_shadow_N = kept_RQ.nonzero()[:, 1] >= width
-        return torch.cat([logits_NV[~of_shadow_N], logits_NV[of_shadow_N]])
+        # Row after row the canvas's answers, then the shadow's; asked for are all of the canvas first.
+        starts = [row * most for row in range(len(live))] if by_places else [0, *accumulate(map(sum, counts))]
+        of_canvas = [start + i for start, (opened, _) in zip(starts, counts, strict=False) for i in range(opened)]
+        of_shadow = [start + opened + i for start, (opened, standing) in zip(starts, counts, strict=False) for i in range(standing)]
+        return (logits.flatten(0, 1) if by_places else logits)[on_device(of_canvas + of_shadow, device)]
 
 
 class GuidedShadow:
@@ -126,11 +141,14 @@ class GuidedShadow:
     def __init__(self, shadow: ShadowReader, guided: GuidedReader):
         self.shadow, self.guided = shadow, guided
 
-    def read(self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    def read(
+        self, tokens_BL: torch.Tensor, open_BL: torch.Tensor, stands_BL: torch.Tensor, parts: list[int], num_open: list[int],
+        num_standing: list[int],
+    ) -> torch.Tensor:
         both = torch.cat([tokens_BL, self.guided.unprompted(tokens_BL)])
-        logits_NV = self.shadow.read(both, torch.cat([open_BL] * 2), torch.cat([stands_BL] * 2), parts * 2)
-        num_open, num_standing = torch.stack([open_BL.sum(), stands_BL.sum()]).tolist()
-        cond_open, un_open, cond_shadow, un_shadow = logits_NV.to(torch.float32).split([num_open, num_open, num_standing, num_standing])
+        logits_NV = self.shadow.read(both, torch.cat([open_BL] * 2), torch.cat([stands_BL] * 2), parts * 2, num_open * 2, num_standing * 2)
+        sizes = [sum(num_open)] * 2 + [sum(num_standing)] * 2
+        cond_open, un_open, cond_shadow, un_shadow = logits_NV.to(torch.float32).split(sizes)
         return self.guided.mixed(torch.cat([cond_open, cond_shadow]), torch.cat([un_open, un_shadow]))
 
 

@@ -3,12 +3,14 @@ counting what is true, selecting by a mask."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_decoders import denoiser_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlmconvert.sampling import draw, loop, windows
+from dlmconvert.sampling import draw, loop, shadow, windows
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise
 
@@ -43,6 +45,10 @@ CASES = {
     "drawn tokens": ("bidirectional", "shift", dict(order="confidence", threshold=0.05, temperature=1.0, top_p=0.9)),
     "drawn tokens of an order that needs none": ("bidirectional", "shift", dict(order="entropy", num_steps=5, temperature=1.0, block_length=4, cache="dual")),
     "drawn drafts": ("context_causal", "shift", dict(draft_length=2, temperature=1.0, end_ids=[7])),
+    "remdm": ("bidirectional", "shift", dict(revision="remdm", revision_strength=0.5, num_steps=6, block_length=4, cache="dual")),
+    "p2": ("block_causal", "in_place", dict(revision="p2", num_steps=6, end_ids=[7])),
+    "wino": ("bidirectional", "in_place", dict(revision="wino", threshold=0.05, block_length=6, cache="prefix", cfg_scale=1.0)),
+    "gidd": ("bidirectional", "shift", dict(revision="gidd", order="confidence", threshold=0.05, repetition_penalty=1.2)),
 }
 ROWS = {"one row": [[1, 2, 3, 4]], "rows of several lengths": [[1, 2, 3, 4], [5, 6], [9, 8, 7]]}
 
@@ -50,7 +56,7 @@ ROWS = {"one row": [[1, 2, 3, 4]], "rows of several lengths": [[1, 2, 3, 4], [5,
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """What depends on whether the host waits when it counts, as on a GPU. And a list becomes a tensor on the device through `on_device` only."""
-    for module in (draw, loop, windows):
+    for module in (draw, loop, shadow, windows):
         monkeypatch.setattr(module, "waits_for_counts", lambda device: True)
     real, copies = torch.tensor, []
 
@@ -65,6 +71,7 @@ def like_a_gpu(monkeypatch):
 def steps_of(case, rows):
     pattern, alignment, settings = CASES[case]
     denoiser = denoiser_of("llama", pattern, alignment, 4 if pattern != "bidirectional" else None)
+    denoiser.spec = dataclasses.replace(denoiser.spec, corruption="gidd")
     return denoise(denoiser, build_canvas([prompt + [None] * 12 for prompt in ROWS[rows]], 0), **settings)
 
 
