@@ -57,7 +57,7 @@ def bench(
     reporter = ConsoleReporter()
     if ar is None:
         reporter.warn("no AR source is known: no AR decoding and no likelihood beside the samplers; name it with --source MODEL")
-    task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed)
+    task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed, compile)
     chosen = None if samplers is None else read_samplers(samplers, temperature)
     named = chosen if chosen is not None else [Sampler("", {"helper": SOURCE_AS_HELPER})] if ar is not None else []
     task = replace(task, helpers=load_helpers(named, location, source, denoiser.device, compile))

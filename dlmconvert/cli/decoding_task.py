@@ -57,7 +57,7 @@ def load_source(folder: Path, denoiser: Any) -> Any:
     return load_model(folder, config).to(denoiser.device).eval()
 
 
-def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path | None, num_new: int, batch: int, seed: int) -> Task:
+def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path | None, num_new: int, batch: int, seed: int, compile: bool = False) -> Task:
     """The prompts of a file, else beginnings of the run's held-out rows. Raises UserError when there are none, or they are too long."""
     from dlmconvert.evaluation.benchmark import Task
     from dlmconvert.sampling.text import encode_row, end_ids
@@ -74,7 +74,7 @@ def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path 
     longest, most = getattr(denoiser.model.config, "max_position_embeddings", None), max(len(row) for row in rows) + num_new
     if longest is not None and most > longest:
         raise UserError(f"a prompt and {num_new} new tokens are {most} tokens, the model was made for {longest}", "", "lower --new-tokens, or shorten the prompts")
-    return Task(rows, num_new, batch, end_ids(denoiser.tokenizer), expected, seed)
+    return Task(rows, num_new, batch, end_ids(denoiser.tokenizer), expected, seed, is_compiled=compile)
 
 
 def _held_out_prompts(location: Any) -> list[list[int]]:

@@ -53,7 +53,7 @@ def tune_sampler(
     from dlmconvert.evaluation.benchmark import Stopped, check_sampler, mark_front
     from dlmconvert.evaluation.tuning import Floor, tune
 
-    task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed)
+    task = make_task(location, denoiser, prompts, answers, new_tokens, batch, seed, compile)
     saved = saved_settings(location.path)
     base = {name: saved[name] for name in _SHARED if name in saved}
     base["temperature"] = temperature if temperature is not None else saved.get("temperature", 0.0)

@@ -40,7 +40,8 @@ class Sampler:
 class Task:
     """What every sampler does. prompts: rows of tokens. num_new: tokens after each prompt. batch: rows at once. end_ids: texts may
     end when there are `answers`; else these tokens are banned, so that all make texts of one length. helpers: the AR models that
-    samplers name (APD), with a causal `predict`."""
+    samplers name (APD), with a causal `predict`. is_compiled: the models compile when they meet a new kind of batch; before anything is
+    measured every batch is decoded once."""
 
     prompts: Sequence[Sequence[int]]
     num_new: int
@@ -49,6 +50,7 @@ class Task:
     answers: Sequence[str] | None = None
     seed: int = 0
     helpers: Mapping[str, Any] = field(default_factory=dict)
+    is_compiled: bool = False
 
     @property
     def batches(self) -> list[range]:
@@ -188,6 +190,8 @@ def benchmark(
     stopped = None
     try:
         for sampler in samplers:
+            if task.is_compiled:
+                work(sampler, task.batches)
             warm_up = partial(work, sampler, task.batches[:1])
             memory[sampler.name] = peak_memory(warm_up, denoiser.device) if measure_memory else warm_up() and None
             advance(sampler.name)

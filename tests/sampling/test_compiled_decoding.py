@@ -74,3 +74,15 @@ def test_without_a_compiler_the_command_line_says_so(folders, monkeypatch):  # n
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     assert "--compile needs a C++ compiler" in fails(1, "sample", str(folders["bidirectional"]), "--prompt", "a", "--compile")
+
+
+def test_a_benchmark_compiles_before_it_measures(graphs):
+    from dlmconvert.evaluation.benchmark import Sampler, Task, benchmark
+
+    denoiser = denoiser_of("llama", "bidirectional", "shift", None)
+    compile_for_decoding(denoiser.model)
+    samplers = [Sampler("dual", {"alg": "confidence", "threshold": 0.05, "block_length": 4, "cache": "dual"}), Sampler("whole", {"alg": "entropy", "steps": 4})]
+    task = Task([[3, 4, 5], [6, 7, 8, 9], [10]], num_new=9, batch=2, is_compiled=True)
+    seen = []
+    benchmark(denoiser, None, samplers, task, repeats=2, measure_memory=False, advance=lambda name: seen.append(graphs.frame_count))
+    assert seen[0] > 0 and len(set(seen[1:])) == 1, "no graph is made once the clock runs"
