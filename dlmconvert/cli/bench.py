@@ -70,7 +70,7 @@ def bench(
         return True
 
     if chosen is None:
-        chosen = [*saved_sampler(location.path), *default_samplers(new_tokens, temperature, works)]
+        chosen = [*saved_sampler(location.path, new_tokens), *default_samplers(new_tokens, temperature, works)]
     else:
         for sampler in chosen:
             try:
@@ -101,13 +101,14 @@ def bench(
         raise typer.Exit(STOPPED)
 
 
-def saved_sampler(folder: Path) -> list[Any]:
-    """The setting that the folder's generation_config.json names, when it names one."""
+def saved_sampler(folder: Path, new_tokens: int) -> list[Any]:
+    """The setting that the folder's generation_config.json names for so many tokens, when it names one."""
     from dlmconvert.cli.decoding import saved_settings
     from dlmconvert.evaluation.benchmark import Sampler
-    from dlmconvert.sampling.api import OPTIONS
+    from dlmconvert.sampling.api import OPTIONS, with_defaults
 
-    settings = {name: value for name, value in saved_settings(folder).items() if name in OPTIONS and not name.endswith("token_id")}
+    saved = with_defaults({"max_new_tokens": new_tokens}, saved_settings(folder))
+    settings = {name: value for name, value in saved.items() if name in OPTIONS and not name.endswith("token_id")}
     return [Sampler("generation_config.json", settings)] if set(settings) - {"temperature", "top_p", "top_k"} else []
 
 

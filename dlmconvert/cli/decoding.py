@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,18 @@ class Decoder:
         ends = self.settings.get("eos_token_id")
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
-    def shown_settings(self, *hidden: str) -> dict[str, Any]:
-        """The settings that a reader of the result wants to know."""
+    def num_steps(self, rows: Sequence[Row]) -> int | None:
+        """The most steps that one of these rows takes; None: as many as it has tokens to fill."""
+        from dlmconvert.sampling.blocks import SavedSteps
+
+        steps = self.settings.get("steps")
+        return max(steps.over(row.num_masked) for row in rows) if isinstance(steps, SavedSteps) else steps
+
+    def shown_settings(self, *hidden: str, rows: Sequence[Row] = ()) -> dict[str, Any]:
+        """The settings that a reader of the result wants to know. rows: those that were made with them."""
         hidden = ("eos_token_id", "pad_token_id", *hidden)
-        return {name: value for name, value in self.settings.items() if value is not None and name not in hidden}
+        settings = self.settings | ({"steps": self.num_steps(rows)} if rows else {})
+        return {name: value for name, value in settings.items() if value is not None and name not in hidden}
 
 
 def load_decoder(model: str | None, asked: dict[str, Any], device: str, compile: bool = False) -> Decoder:

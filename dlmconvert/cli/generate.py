@@ -97,7 +97,7 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, o
     for text, text_parts in zip(texts, parts, strict=True):
         tokens, num_start = _encode(verb, text, text_parts, decoder)
         rows += [Row(text, tokens, num_start, number) for number in range(num_samples)]
-    watcher = TraceWatcher(decoder.tokenizer, decoder.settings.get("steps"), trace, trace_html is not None)
+    watcher = TraceWatcher(decoder.tokenizer, trace, trace_html is not None)
     on_screen = not (as_json or out_file or trace)
     live = on_screen and console.is_terminal and sys.stdout.isatty()
     view = View(decoder.tokenizer, decoder.ends if verb == "sample" else set(), live, on_screen and not live and len(rows) == 1)
@@ -122,7 +122,7 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, o
     if out_file is not None:
         console.print(f"{results.count} results: {out_file}", markup=False, highlight=False, soft_wrap=True)
     if trace_html is not None:
-        _write_page(trace_html, decoder, verb, seed, watcher)
+        _write_page(trace_html, decoder, rows, verb, seed, watcher)
         console.print(f"trace: {trace_html}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -131,7 +131,7 @@ def _fill(verb: str, decoder: Decoder, batch: list[Row], seed: int, watcher: Tra
     canvas, steps, may_change = denoising(verb, decoder, batch, seed)
     nfe, tokens_BL = 0, canvas.tokens_BL
     filled_B = canvas.masked_BL.sum(dim=1)
-    with watcher.watching(batch), view.watching(batch, may_change):
+    with watcher.watching(batch, decoder.num_steps(batch)), view.watching(batch, may_change):
         for step in steps:
             nfe, tokens_BL = step.nfe, step.tokens_BL
             filled_B = filled_B - step.given_back_BL.sum(dim=1)
@@ -198,7 +198,7 @@ def _record(verb, decoder: Decoder, row: Row, tokens: list[int], seed, nfe, seco
         "nfe": nfe,
         "tokens_per_forward": round(row.num_filled / max(nfe, 1), 3),
         "tokens_per_second": round(row.num_filled / seconds, 1),
-        "settings": decoder.shown_settings(*(() if verb == "sample" else ("max_new_tokens",))),
+        "settings": decoder.shown_settings(*(() if verb == "sample" else ("max_new_tokens",)), rows=[row]),
     }
     return record, pieces
 
@@ -218,10 +218,10 @@ def _show(record: dict[str, Any], pieces: list[tuple[str, bool]], view: View, as
         out(text if first else f"\n{text}")
 
 
-def _write_page(path: Path, decoder: Decoder, verb: str, seed: int, watcher: TraceWatcher) -> None:
+def _write_page(path: Path, decoder: Decoder, rows: list[Row], verb: str, seed: int, watcher: TraceWatcher) -> None:
     from dlmconvert.cli.trace_page import render_trace_page
 
-    shown = decoder.shown_settings(*(() if verb == "sample" else ("max_new_tokens",)))
+    shown = decoder.shown_settings(*(() if verb == "sample" else ("max_new_tokens",)), rows=rows)
     page = render_trace_page(str(decoder.location.path), {**shown, "seed": seed}, watcher.steps_seen, watcher.kept)
     try:
         path.write_text(page, encoding="utf-8")

@@ -26,14 +26,14 @@ class RowTrace:
 class TraceWatcher:
     """Follows the denoising for --trace (redrawn on a terminal, a line a step elsewhere) and --trace-html."""
 
-    def __init__(self, tokenizer: Any, num_steps: int | None, show: bool, keep: bool):
-        self.tokenizer, self.num_steps, self.show, self.keep = tokenizer, num_steps, show, keep
+    def __init__(self, tokenizer: Any, show: bool, keep: bool):
+        self.tokenizer, self.num_steps, self.show, self.keep = tokenizer, None, show, keep
         self.rows, self.texts, self.kept, self.live, self.steps_seen, self.empty_BL, self.before = [], {}, [], None, 0, None, None
 
-    def watching(self, batch: list[Any]):
+    def watching(self, batch: list[Any], num_steps: int | None):
         from dlmconvert.cli.console import console
 
-        self.rows, self.empty_BL, self.before = batch, None, None
+        self.rows, self.num_steps, self.empty_BL, self.before = batch, num_steps, None, None
         if self.keep:
             for row in batch:
                 self.kept.append(RowTrace([("" if t is None else self._text(t), t is not None) for t in row.tokens[row.num_start :]]))

@@ -272,7 +272,8 @@ def exported_sampler(recipe: Recipe, saved: dict[str, Any]) -> dict[str, Any]:
         given = {name: getattr(settings, name) for name in (*_SAMPLER_FIELDS, "steps", "order") if getattr(settings, name) != fields[name].default}
         if "order" in given:
             given["alg"] = given.pop("order")
-        return with_defaults(given, saved)
+        chosen = with_defaults(given, saved)
+        return chosen | ({"steps": int(chosen["steps"])} if "steps" in chosen else {})  # a plain number, for the length that goes out
     chosen = {name: getattr(settings, name) for name in _SAMPLER_FIELDS if getattr(settings, name) is not None}
     is_bound = any(name in chosen for name in ("threshold", "factor", "entropy_bound"))
     # A fixed number may be too few for the blocks of a block model; without one a row takes what it needs.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .blocks import SavedSteps
 from .budget import READING
 from .cache import is_block_model
 from .canvas import Canvas, Predictor, build_canvas, canvas_after_prompts
@@ -52,7 +53,8 @@ _OWN_OPTIONS = {
 class Options:
     """How to sample: the options that `diffusion_generate` and `infill` share.
 
-    steps: forwards at most; None gives each row as many as it has positions to fill.
+    steps: forwards at most; None gives each row as many as it has positions to fill. Those that a generation_config.json holds beside
+        max_new_tokens are a share: a row with other positions to fill takes as many in proportion (blocks.py, SavedSteps).
     temperature: 0 takes the most probable token. top_p, top_k: of the drawn tokens; None, or 0 for top_k, keeps all.
     repetition_penalty: above 1, tokens that stand in the row already become less probable.
     cfg_scale: above 0, classifier-free guidance: away from what the model says without the given tokens; two forwards a step.
@@ -187,12 +189,20 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
         saved.pop("alg", None)
     if named & set(READING) or given.get("alg") == "first_hitting":
         saved.pop("steps", None)
-    return {**saved, **given}
+    options = {**saved, **given}
+    if isinstance(options.get("steps"), SavedSteps) and options.get("max_new_tokens"):
+        options["steps"] = options["steps"].over(options["max_new_tokens"])
+    return options
 
 
 def saved_options(values: Any) -> dict[str, Any]:
-    """The options that a generation_config.json sets: `values` is its content, or the GenerationConfig that was made of it."""
-    return {} if values is None else options_of(values, SAVED_OPTIONS)
+    """The options that a generation_config.json sets: `values` is its content, or the GenerationConfig that was made of it.
+
+    Its steps were chosen for its max_new_tokens, so for another length they are scaled (SavedSteps)."""
+    options = {} if values is None else options_of(values, SAVED_OPTIONS)
+    if "steps" in options and options.get("max_new_tokens"):
+        options["steps"] = SavedSteps(options["steps"], options["max_new_tokens"])
+    return options
 
 
 def configured(function: str, given: dict[str, Any], generation_config: Any, saved: Any = None) -> dict[str, Any]:

@@ -53,6 +53,26 @@ class Layout:
         )
 
 
+class SavedSteps(int):
+    """The `steps` of a generation_config.json, which were chosen for rows of `length` tokens: a share of the length. Whoever wants a
+    number reads those for `now` tokens."""
+
+    def __new__(cls, steps: int, length: int, now: int | None = None) -> SavedSteps:
+        number = super().__new__(cls, -(-steps * (now or length) // length))
+        number.steps, number.length = steps, length
+        return number
+
+    def over(self, num_tokens: int) -> SavedSteps:
+        return SavedSteps(self.steps, self.length, num_tokens)
+
+
+def steps_of_row(num_steps: int | None, num_masked: int, num_parts: int) -> int:
+    """S of a row. None: a step for each masked position. Saved steps: in proportion to these, and one for each part at least."""
+    if isinstance(num_steps, SavedSteps):
+        return max(num_steps.over(num_masked), num_parts)
+    return num_masked if num_steps is None else num_steps
+
+
 class Blocks:
     """Where each row stands. steps_bound: a row's last step takes everything that a hook may have masked again."""
 
@@ -91,7 +111,7 @@ def groups(canvas: Canvas, masked_BL: torch.Tensor, block_length: int | None, nu
     """`block_length` masked positions a part; None: all in one.
 
     A part has floor(S end / n) - floor(S first / n) of the row's S steps, end and first being its place among the n masked
-    positions: LLaDA's steps / blocks where that divides. num_steps None gives each row as many as it has masked positions.
+    positions: LLaDA's steps / blocks where that divides. num_steps: see steps_of_row.
     Raises ValueError for a length without meaning and for fewer steps than parts.
     """
     if block_length is not None and block_length < 1:
@@ -99,15 +119,16 @@ def groups(canvas: Canvas, masked_BL: torch.Tensor, block_length: int | None, nu
     length = masked_BL.shape[1] if block_length is None else block_length
     places = masked_places(masked_BL)
     most = max(map(len, places))
-    if block_length is not None and num_steps is not None and num_steps < -(-most // length):
+    if block_length is not None and steps_of_row(num_steps, most, -(-most // length)) < -(-most // length):
         raise ValueError(
             f"{most} positions in blocks of {length} are {-(-most // length)} blocks, and each takes a step at least: {num_steps} steps"
             " are too few; give more steps, or longer blocks"
         )
     spans, steps = [], []
     for row in places:
-        n, S = max(len(row), 1), num_steps or max(len(row), 1)
         parts = [row[start : start + length] for start in range(0, len(row), length)]
+        n = max(len(row), 1)
+        S = steps_of_row(num_steps, n, len(parts))
         spans.append([Span(part[0], part[-1] + 1) for part in parts])
         bounds = [(at * length, min((at + 1) * length, n)) for at in range(max(len(parts), 1))]
         steps.append([max(S * end // n - S * first // n, 1) for first, end in bounds])
@@ -164,7 +185,7 @@ def _shared_steps(counts: list[int], num_steps: int | None) -> list[int]:
     """Steps of parts with `counts` masked positions: one each, and the rest of num_steps in proportion to the positions left."""
     if not counts:
         return [1]
-    spare, extra = sum(counts) - len(counts), (sum(counts) if num_steps is None else num_steps) - len(counts)
+    spare, extra = sum(counts) - len(counts), steps_of_row(num_steps, sum(counts), len(counts)) - len(counts)
     if extra < 0:
         raise ValueError(
             f"this model fills {sum(counts)} positions in {len(counts)} parts (its blocks, and under alignment 'shift' their first"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .apd import Helper, apd, check_apd
-from .blocks import block_length_of, groups, model_blocks
+from .blocks import block_length_of, groups, model_blocks, steps_of_row
 from .budget import BUDGETS, check_budget, default_budget
 from .cache import cache_of, is_block_model, open_reader
 from .canvas import Canvas, Predictor, check_predictable
@@ -69,7 +69,7 @@ def denoise(
 ) -> Iterator[Step]:
     """Fill the masked positions of the canvas in at most `num_steps` steps; one Step each, until nothing is masked.
 
-    num_steps: None gives each row as many steps as it has masked positions.
+    num_steps: None gives each row as many steps as it has masked positions, SavedSteps (blocks.py) a share of them.
     order: a name in order.py.
     budget: a counted budget of budget.py; None means ancestral for `random`, even otherwise. threshold, factor, entropy_bound: the
         bounds of the reading ones. At most one of these four is given. eps: the end of the time grid of `bernoulli` and `dream`.
@@ -106,7 +106,7 @@ def denoise(
     counted, reading = check_budget(budget, {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound})
     if order == "first_hitting" and budget is None and reading is None and num_steps is not None:
         most = int(canvas.masked_BL.sum(dim=1).max())
-        if num_steps < most:
+        if steps_of_row(num_steps, most, 1) < most:
             raise ValueError(
                 f"first_hitting takes one step a token, here {most}, not {num_steps}: leave the steps out, or use the random order"
             )

@@ -193,6 +193,19 @@ def test_what_was_tuned_is_what_sample_and_transformers_use(folders, tmp_path, m
     assert json.loads(works("sample", model, "--prompt", "ab", "--json").out)["settings"]["temperature"] == 0
 
 
+def test_steps_that_were_tuned_are_a_share_of_the_length(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "coarse_grid", lambda num_new, works: [{"steps": 1}])
+    monkeypatch.setattr(benchmark, "default_samplers", lambda *facts: [])
+    model = write_folder(tmp_path / "model", converted=True)
+    how = (model, "--source", folders / "source", "--prompts", folders / "prompts.txt", "--repeats", 1, "--json")
+    works("tune-sampler", *how, "--new-tokens", NEW)
+    values = json.loads((model / "generation_config.json").read_text())
+    assert (values["steps"], values["max_new_tokens"]) == (1, NEW)
+    assert json.loads(works("sample", model, "--max-new-tokens", 3 * NEW, "--json").out)["nfe"] == 3
+    (ours,) = (found for found in json.loads(works("bench", *how, "--new-tokens", 3 * NEW).out)["samplers"] if found["name"] != AR)
+    assert ours["settings"]["steps"] == ours["nfe"] == 3
+
+
 def test_likelihood_is_that_of_every_token_after_its_prompt():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -61,6 +61,24 @@ def test_a_block_model_is_verified_in_a_fresh_process(family, pattern, alignment
         assert torch.equal(tokens, diffusion_generate(load_denoiser(model, device="cpu"), prompts, max_new_tokens=12, draft_length=3))
 
 
+def test_saved_steps_of_an_export_are_a_share_of_the_length(tmp_path, code_cache):
+    """4 of 8 tokens; a block takes two steps at least under shift."""
+    model = write_model(tmp_path / "model", "llama", spec_of("llama", attention="context_causal", block_length=4, alignment="shift"))
+    generation = {"max_new_tokens": 8, "temperature": 0.0, "alg": "confidence", "steps": 4}
+    report = export_folder(model, tmp_path / "out", "native", card=facts(), generation=generation, verify=False)
+    exported = AutoModelForCausalLM.from_pretrained(report.target, trust_remote_code=True).eval()
+    how = {"eos_token_id": None, "return_dict_in_generate": True}
+    prompts = torch.tensor([[5, 6, 7, 8, 9]])
+
+    def nfe(**more):
+        return exported.diffusion_generate(prompts, **how, **more).nfe
+
+    assert nfe() == 4 and nfe(max_new_tokens=20) == 10 and nfe(max_new_tokens=20, steps=12) == 12 and nfe(max_new_tokens=20, threshold=0.0) <= 10
+    assert exported.infill([[5, 6, *[None] * 12]], **how).nfe == 6
+    with pytest.raises(ValueError, match="too few"):
+        nfe(max_new_tokens=20, steps=4)
+
+
 def test_contradicting_defaults_are_refused(tmp_path):
     model = write_model(tmp_path / "model", "qwen2")
     with pytest.raises(UserError, match="threshold and factor"):

@@ -25,6 +25,7 @@ TUNED = {"threshold": 0.7, "block_length": 16, "cache": "dual", "max_new_tokens"
         # What the recipe changes comes first, as an option of `sample` does.
         (["export.temperature=0.5", "export.max_new_tokens=16"], TUNED, {"threshold": 0.7, "block_length": 16, "cache": "dual", "max_new_tokens": 16, "temperature": 0.5}),
         (["export.entropy_bound=0.2"], TUNED, {"entropy_bound": 0.2, "block_length": 16, "cache": "dual", "max_new_tokens": 32, "temperature": 0.0}),
+        (["export.max_new_tokens=100"], {"steps": 8, "max_new_tokens": 64, "alg": "confidence"}, {"steps": 13, "max_new_tokens": 100, "alg": "confidence"}),
         (["export.order=entropy"], {"steps": 8, "alg": "confidence"}, {"steps": 8, "alg": "entropy"}),
     ],
 )
@@ -32,6 +33,12 @@ def test_the_tuned_sampler_goes_out_with_the_model(changes, saved, expected, tmp
     if saved is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(saved))
     assert exported_sampler(load_recipe("default", ["source.model=gpt2", *changes]), saved_sampler(tmp_path)) == expected
+
+
+def test_scaled_steps_go_out_as_a_plain_number(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"steps": 8, "max_new_tokens": 64}))
+    recipe = load_recipe("default", ["source.model=gpt2", "export.max_new_tokens=100"])
+    assert type(exported_sampler(recipe, saved_sampler(tmp_path))["steps"]) is int
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def test_a_block_model_decodes_with_its_cache_and_without_the_same_text(folders,
     assert [s["text"] for s in cached] == [s["text"] for s in plain] and all(s["num_tokens"] <= 40 for s in cached)
     (fast,) = samples("sample", folders[pattern], "-p", "once", "--max-new-tokens", 40, "--temperature", 0, "--threshold", 0)
     assert fast["nfe"] <= (11 if pattern == "block_causal" else 20)  # a forward a block, two under shift
+
+
+@pytest.mark.parametrize("pattern", ["block_causal", "context_causal", "bidirectional"])
+def test_steps_that_were_tuned_for_a_short_text_do_for_a_long_one(folders, pattern, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders[pattern], folder)
+    saved = {"steps": 4, "max_new_tokens": 8, "temperature": 0.0, "alg": "confidence", "eos_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(saved | ({"block_length": 4} if pattern == "bidirectional" else {})))
+    how = ["sample", folder, "-p", "once", "--max-new-tokens", 40]
+    for length, steps in ((8, 4), (40, 20), (42, 22 if pattern == "context_causal" else 21)):  # under shift a block takes two: 11 blocks
+        (found,) = samples(*how[:-1], length)
+        assert found["nfe"] <= steps and (found["nfe"] == steps or found["num_tokens"] < length), (length, found["nfe"])
+    assert "too few" in fails(2, *how, "--steps", 4)
 
 
 def test_speculation_gives_the_ar_text(folders):

@@ -58,6 +58,20 @@ def test_defaults_come_from_the_folder_and_flags_override(model_folder):
     assert result["num_tokens"] == 5 and result["nfe"] == 2
 
 
+def test_saved_steps_are_a_share_of_the_length(model_folder):
+    """The folder says 4 steps for 6 tokens."""
+
+    def shown_and_taken(*arguments):
+        return [(result["settings"]["steps"], result["nfe"]) for result in samples(*arguments)]
+
+    assert shown_and_taken("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 12) == [(8, 8)]
+    assert shown_and_taken("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 2) == [(2, 2)]
+    assert shown_and_taken("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 12, "--steps", 4) == [(4, 4)]
+    assert samples("sample", model_folder, "--prompt", "ab", "--max-new-tokens", 12, "--block-length", 1)[0]["nfe"] == 12  # a step a block
+    assert shown_and_taken("infill", model_folder, "ab[[MASK:3]]c[[MASK:6]]d") == [(6, 6)]
+    assert shown_and_taken("infill", model_folder, "ab[[MASK:9]]d", "--steps", 4) == [(4, 4)]
+
+
 @pytest.mark.parametrize(
     "flags, nfe",
     [
@@ -271,7 +285,7 @@ def test_the_page_ends_with_the_text(model_folder, tmp_path, flags):
         (("sample", "--order", "entropie"), "entropy"),
         (("sample", "--budget", "evn"), "even"),
         (("sample", "--threshold", "0.9", "--factor", "1"), "threshold and factor"),
-        (("sample", "--block-length", "1"), "too few"),
+        (("sample", "--block-length", "1", "--steps", "4"), "too few"),
         (("sample", "--prompts", "nowhere.txt"), "nowhere.txt"),
         (("sample", "--max-new-tokens", "100"), "64"),
         (("sample", "--top-p", "2"), "top_p"),

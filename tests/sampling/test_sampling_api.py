@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_predictors import HashPredictor
 
-from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill, with_defaults
+from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill, saved_options, with_defaults
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 LEFT = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
@@ -152,6 +152,24 @@ def test_infill_fills_gaps_of_rows_of_different_length():
     assert 1 not in infill(HashPredictor(favourite=1), [[2, None, None, 3]], eos_token_id=1)[0]
     with pytest.raises(ValueError, match="seed"):
         infill(HashPredictor(), rows, sead=1)
+
+
+def test_saved_steps_are_a_share_of_each_rows_length():
+    rows = [[1, *[None] * 12, 3], [4, None, 5], [6, None, None, None]]
+    for share, most in ((3, 9), (1, 3), (8, 24)):  # of 12 positions; a step a token is the most
+        options = with_defaults({}, saved_options({"steps": share, "max_new_tokens": 4, "alg": "confidence", "temperature": 1.0}))
+        options.pop("max_new_tokens")
+        found = infill(HashPredictor(), rows, **options, return_dict_in_generate=True)
+        assert found.nfe == min(most, 12)
+        for number, row in enumerate(rows):
+            steps = min(-(-share * row.count(None) // 4), row.count(None))
+            alone = infill(HashPredictor(), [row], **options, row_keys=[number], return_dict_in_generate=True)
+            assert alone.sequences == [found.sequences[number]] and alone.nfe == steps
+    saved = saved_options({"steps": 4, "max_new_tokens": 64})
+    assert with_defaults({"max_new_tokens": 128}, saved) == {"steps": 8, "max_new_tokens": 128}
+    assert with_defaults({"max_new_tokens": 65}, with_defaults({"max_new_tokens": 1}, saved))["steps"] == 5  # of the saved ones, not of those between
+    assert with_defaults({"max_new_tokens": 128, "steps": 3}, saved)["steps"] == 3
+    assert with_defaults({"max_new_tokens": 128}, saved_options({"steps": 4}))["steps"] == 4
 
 
 def test_a_real_model_gives_each_row_what_it_gives_alone():
