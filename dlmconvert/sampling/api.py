@@ -172,7 +172,7 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
     another kind goes when the call names any sampler.
     """
     saved = dict(saved)
-    own = {name for name in _OTHER_KINDS if given.get(name) is not None}
+    own = {name for name in _OTHER_KINDS if name != "revision_strength" and given.get(name) is not None}  # a strength is none by itself
     if own and given.get("revision") not in POLISHING:
         kept = () if given.get("revision") is None else ("cfg_scale", "repetition_penalty")
         for name in ("alg", "alg_temp", "steps", "block_length", "cache", "cfg_scale", "repetition_penalty", *_BUDGETS, *_OTHER_KINDS):

@@ -130,6 +130,7 @@ def test_a_call_over_the_saved_defaults():
         "alg": "entropy",
     }
     assert with_defaults({"alg": "first_hitting"}, saved) == {"alg": "first_hitting", "top_p": 0.9}
+    assert with_defaults({"revision_strength": 0.1}, {"revision": "remdm", "steps": 9}) == {"revision": "remdm", "steps": 9, "revision_strength": 0.1}
     tuned = {"threshold": 0.9, "alg": "confidence", "block_length": 32}
     assert with_defaults({"factor": 1.0}, tuned) == {"factor": 1.0, "block_length": 32}
     assert with_defaults({"alg": "entropy", "steps": 4}, tuned) == {"alg": "entropy", "steps": 4, "block_length": 32}
