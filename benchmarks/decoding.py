@@ -281,7 +281,7 @@ def blocks(options: argparse.Namespace) -> None:
         for name, times in seconds.items():
             cost = min(times) / new * 1e3
             first.setdefault(name, cost)
-            print(f"  {new:5d} new tokens  {name:30s} {cost:8.3f} ms a token  {cost / first[name]:6.2f} times its cost at {lengths[0]}")
+            print(f"  {new:5d} new tokens  {name:30s} {cost:8.3f} ms a token, {cost - first[name]:+.3f} ms ({cost / first[name]:.2f} times) on {lengths[0]}")
     print("  target: the block model's cost a token grows no faster than AR decoding's")
 
 
