@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 
 from ..diffusion.randomness import SAMPLE_TOKEN, counter_gumbel
+from .blocks import row_begins, row_lengths
+from .cache import Asked, WholeReader
 from .canvas import ROW, Canvas, Predictor
 from .draw import draw_tokens
 from .filters import ban
@@ -62,15 +64,18 @@ def apd(
     keys_BL = canvas.row_keys_B[:, None].expand(masked_BL.shape)
     ends = on_device(list(end_ids), tokens_BL.device, torch.int64)
     hot = draw["temperature"] > 0
+    begins = row_begins(canvas)
+    reader = WholeReader(predictor, canvas, [(begin, begin + length) for begin, length in zip(begins, row_lengths(canvas), strict=True)])
     step = 0
     while True:
         wanted_BL = masked_BL & (masked_BL.cumsum(dim=1) <= lookahead)
-        num_wanted = int(wanted_BL.sum())
-        if num_wanted == 0:
+        counts = wanted_BL.sum(dim=1).tolist()
+        if not any(counts):
             return
-        flat_N = places(wanted_BL, num_wanted)
+        asked = Asked(wanted_BL, places(wanted_BL, sum(counts)), counts, [0] * len(counts), [count > 0 for count in counts])
+        flat_N = asked.flat_N
         keys_N, positions_N = keys_BL.flatten()[flat_N], canvas.positions_BL.flatten()[flat_N]
-        logits_NV = predictor.predict(tokens_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL)
+        logits_NV = reader.read(tokens_BL, asked)
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
         x_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **draw)
         drafted_BL = tokens_BL.flatten().scatter(0, flat_N, x_N).view(tokens_BL.shape)

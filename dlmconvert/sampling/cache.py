@@ -146,13 +146,13 @@ class GuidedReader:
 
 class WholeReader:
     """No cache: a forward over whole rows, of those rows that have a question. Of a bidirectional model that computes windows a whole row
-    is one; other predictors are asked by a mask, and the host waits until its positions are counted."""
+    is one; other predictors are asked by a mask, and the host waits until its positions are counted. whole: (begin, end) of each row."""
 
-    def __init__(self, predictor: Predictor, canvas: Canvas, layout: Layout):
-        self.predictor, self.canvas = predictor, canvas
+    def __init__(self, predictor: Predictor, canvas: Canvas, whole: list[tuple[int, int]]):
+        self.predictor, self.canvas, self.whole = predictor, canvas, whole
         self.windows = None
         if getattr(predictor, "attention", None) == "bidirectional" and hasattr(predictor, "forward_columns"):
-            self.windows, self.whole = Windows(predictor, canvas, None), list(zip(layout.begins, _ends(canvas, layout), strict=True))
+            self.windows = Windows(predictor, canvas, None)
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
         if self.windows is not None:
@@ -179,7 +179,7 @@ def open_reader(
     if is_block_model(predictor):
         reader: Reader = BlockReader(predictor, canvas, layout, block_length, is_cached=cache == "block")
     elif cache == "none":
-        reader = WholeReader(predictor, canvas, layout)
+        reader = WholeReader(predictor, canvas, list(zip(layout.begins, _ends(canvas, layout), strict=True)))
     else:
         reader = RefreshedReader(predictor, canvas, layout, cache)
     return GuidedReader(reader, plain, predictor.mask_token_id, cfg_scale) if cfg_scale > 0 else reader

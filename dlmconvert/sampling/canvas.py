@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from .transfer import on_device
+
 ROW, PADDING = 0, 1
 
 
@@ -90,11 +92,11 @@ def build_canvas(
     positions_L = torch.arange(longest, device=device)
     segments_BL = None
     if min(lengths) < longest:
-        padded_BL = positions_L[None, :] >= torch.tensor(lengths, device=device)[:, None]
+        padded_BL = positions_L[None, :] >= on_device(lengths, device)[:, None]
         segments_BL = torch.where(padded_BL, PADDING, ROW)
     return Canvas(
-        tokens_BL=torch.tensor(tokens, dtype=torch.int64, device=device),
-        masked_BL=torch.tensor(masked, dtype=torch.bool, device=device),
+        tokens_BL=on_device(tokens, device, torch.int64),
+        masked_BL=on_device(masked, device, torch.bool),
         segments_BL=segments_BL,
         positions_BL=positions_L.repeat(len(rows), 1),
         row_keys_B=_keys(row_keys, len(rows), device),
@@ -175,4 +177,4 @@ def _keys(row_keys: Sequence[int] | None, rows: int, device: torch.device | str)
         return torch.arange(rows, device=device)
     if len(row_keys) != rows:
         raise ValueError(f"{len(row_keys)} row keys for {rows} rows")
-    return torch.tensor(list(row_keys), dtype=torch.int64, device=device)
+    return on_device(list(row_keys), device, torch.int64)

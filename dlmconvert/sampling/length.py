@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .blocks import masked_places, row_begins, row_lengths
+from .cache import Asked, WholeReader
 from .canvas import Canvas, Predictor, build_canvas
 from .draw import draw_tokens
 from .filters import ban
@@ -68,16 +69,17 @@ def check_growth(canvas: Canvas, initial: int, block_length: int | None, thresho
     return Growth(initial=initial, block=block_length or 32, tau_high=0.9 if threshold is None else threshold)
 
 
-def eos_confidence(p_end_G: torch.Tensor, is_end_G: torch.Tensor, window: int) -> float:
+def eos_confidence(p_end_G: Sequence[float], is_end_G: Sequence[bool], window: int) -> float:
     """The sum of p(end) over the last `window` positions whose most probable token is an end, divided by `window`."""
-    return float(p_end_G[is_end_G][-window:].sum() / window)
+    return sum([p for p, is_end in zip(p_end_G, is_end_G, strict=True) if is_end][-window:]) / window
 
 
 @dataclass
 class _Answer:
-    """A row that grows. tokens: None where masked, without the prompt. start: where its current block begins."""
+    """A row that grows. first: its first column of the canvas. tokens: None where masked, without the prompt. start: where its current block begins."""
 
     row: int
+    first: int
     prompt: list[int]
     most: int
     tokens: list[int | None]
@@ -110,26 +112,27 @@ def daedal(
         for place, answer in enumerate(live):
             wanted_BL[place, len(answer.prompt) : len(answer.prompt) + len(answer.tokens)] = True
         tokens_BL = grown.tokens_BL.masked_fill(grown.masked_BL, predictor.mask_token_id)
-        logits_NV = predictor.predict(tokens_BL, wanted_BL, grown.positions_BL, grown.segments_BL)
+        counts, width = [len(answer.tokens) for answer in live], wanted_BL.shape[1]
+        flat_N = on_device([place * width + len(answer.prompt) + i for place, answer in enumerate(live) for i in range(counts[place])], tokens_BL.device)
+        reader = WholeReader(predictor, grown, [(0, len(answer.prompt) + len(answer.tokens)) for answer in live])
+        logits_NV = reader.read(tokens_BL, Asked(wanted_BL, flat_N, counts, [0] * len(live), [True] * len(live)))
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
         nfe += 1
-        width = wanted_BL.shape[1]
-        flat_N = on_device([place * width + len(answer.prompt) + i for place, answer in enumerate(live) for i in range(len(answer.tokens))], tokens_BL.device)
         keys_BL = canvas.row_keys_B[on_device([answer.row for answer in live], tokens_BL.device)][:, None].expand(wanted_BL.shape)
         x_hat_N = draw_tokens(logits_NV, keys_BL.flatten()[flat_N], grown.positions_BL.flatten()[flat_N], step=step, **draw)
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
         ends = on_device(list(end_ids), tokens_BL.device)
         is_end_N = torch.isin(log_p_NV.argmax(dim=-1), ends)
         # One copy to the host; token ids are exact in double precision.
-        told = torch.stack([x.to(torch.float64) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).cpu()
-        c_N, p_end_N, is_end_N, x_hat = told[0].to(torch.float32), told[1].to(torch.float32), told[2].bool(), told[3].to(torch.int64).tolist()
+        told = torch.stack([x.to(torch.float64) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).tolist()
+        c_N, p_end_N, is_end_N, x_hat = *told[:3], list(map(int, told[3]))
         at = 0
         for answer in live:
             here = slice(at, at + len(answer.tokens))
             at = here.stop
             answer.settled = set()
             sure = eos_confidence(p_end_N[here], is_end_N[here], growth.window)
-            _advance(answer, x_hat[here], c_N[here].tolist(), sure, growth, end_ids, stops)
+            _advance(answer, x_hat[here], c_N[here], sure, growth, end_ids, stops)
         yield _step(canvas, answers, predictor.mask_token_id, end_ids[0], step, nfe)
         step += 1
 
@@ -140,8 +143,8 @@ def _answers(canvas: Canvas, growth: Growth) -> list[_Answer]:
         real = [True] * len(tokens) if canvas.segments_BL is None else (canvas.segments_BL[row] == 0).tolist()
         prompt = [token for token, m, r in zip(tokens, masked, real, strict=True) if r and not m]
         most = sum(masked)
-        first = min(growth.initial, most)
-        answers.append(_Answer(row, prompt, most, [None] * first, [0.0] * first, is_done=most == 0))
+        first, start = min(growth.initial, most), masked.index(True) if most else 0
+        answers.append(_Answer(row, start, prompt, most, [None] * first, [0.0] * first, is_done=most == 0))
     return answers
 
 
@@ -175,26 +178,26 @@ def _advance(answer: _Answer, x_hat: list[int], c: list[float], sure: float, gro
 
 
 def _step(canvas: Canvas, answers: list[_Answer], mask_token_id: int, end_id: int, step: int, nfe: int) -> Step:
-    tokens_BL = canvas.tokens_BL.masked_fill(canvas.masked_BL, end_id)
-    masked_BL, committed_BL, given_back_BL = (torch.zeros_like(canvas.masked_BL) for _ in range(3))
-    confidence_BL = torch.zeros(tokens_BL.shape, device=tokens_BL.device)
+    rows, length = canvas.masked_BL.shape
+    held, masked, committed, given_back, sure = ([[fill] * length for _ in range(rows)] for fill in (end_id, False, False, False, 0.0))
     for answer in answers:
-        columns = canvas.masked_BL[answer.row].nonzero()[:, 0]
-        inside, outside = columns[: len(answer.tokens)], columns[len(answer.tokens) :]
-        held = torch.tensor([mask_token_id if token is None else token for token in answer.tokens], dtype=torch.int64, device=tokens_BL.device)
-        is_masked = torch.tensor([token is None and not answer.is_done for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device)
+        row = answer.row
+        for i in range(answer.most):
+            column, is_there = answer.first + i, i < len(answer.tokens)
+            if is_there and answer.tokens[i] is not None:
+                held[row][column] = answer.tokens[i]
+            elif answer.is_done:
+                given_back[row][column] = True
+            elif is_there:
+                held[row][column], masked[row][column] = mask_token_id, True
+            if is_there and i in answer.settled:
+                committed[row][column], sure[row][column] = True, answer.confidence[i]
         if answer.is_done:
-            held = held.masked_fill(torch.tensor([token is None for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device), end_id)
-        tokens_BL[answer.row, inside], masked_BL[answer.row, inside] = held, is_masked
-        given_back_BL[answer.row, outside] = answer.is_done
-        settled = inside[[i for i in sorted(answer.settled) if i < len(answer.tokens)]]
-        committed_BL[answer.row, settled] = True
-        confidence_BL[answer.row, inside] = torch.tensor(answer.confidence, device=tokens_BL.device)
-        if answer.is_done:
-            given_back_BL[answer.row, inside] = torch.tensor([token is None for token in answer.tokens], dtype=torch.bool, device=tokens_BL.device)
             answer.settled = set()
-    confidence_BL = confidence_BL.masked_fill(~committed_BL, 0.0)
-    return Step(step, tokens_BL, masked_BL, committed_BL, confidence_BL, given_back_BL, nfe)
+    device = canvas.tokens_BL.device
+    tokens_BL = torch.where(canvas.masked_BL, on_device(held, device), canvas.tokens_BL)
+    masked_BL, committed_BL, given_back_BL = (on_device(x, device, torch.bool) for x in (masked, committed, given_back))
+    return Step(step, tokens_BL, masked_BL, committed_BL, on_device(sure, device, torch.float32), given_back_BL, nfe)
 
 
 # --- gaps whose length the model chooses

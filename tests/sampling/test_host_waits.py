@@ -48,6 +48,7 @@ CASES = {
     "remdm": ("bidirectional", "shift", dict(revision="remdm", revision_strength=0.5, num_steps=6, block_length=4, cache="dual")),
     "p2": ("block_causal", "in_place", dict(revision="p2", num_steps=6, end_ids=[7])),
     "wino": ("bidirectional", "in_place", dict(revision="wino", threshold=0.05, block_length=6, cache="prefix", cfg_scale=1.0)),
+    "a growing answer": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7])),
     "gidd": ("bidirectional", "shift", dict(revision="gidd", order="confidence", threshold=0.05, repetition_penalty=1.2)),
 }
 ROWS = {"one row": [[1, 2, 3, 4]], "rows of several lengths": [[1, 2, 3, 4], [5, 6], [9, 8, 7]]}
