@@ -124,7 +124,8 @@ def forward_columns(
     """
     config = model.config
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of peft's wrapper
-    if base.base_model._compiled_call_impl is not None:
+    is_compiled = base.base_model._compiled_call_impl is not None
+    if is_compiled:
         # One graph for all windows: expanded tensors have other strides than whole ones, and a single row of columns another shape.
         num_rows = tokens_BQ.shape[0]
         positions_BQ, columns_BQ = positions_BQ.contiguous(), columns_BQ.expand(num_rows, -1).contiguous()
@@ -139,7 +140,7 @@ def forward_columns(
     before = getattr(config, "is_causal", missing)
     config.is_causal = False
     try:
-        with _eager_while_empty(store):
+        with _eager_while_empty(store) if is_compiled else nullcontext():
             return model(
                 input_ids=tokens_BQ, position_ids=positions_BQ, attention_mask=mask, is_causal=False, logits_to_keep=kept_BQ, **cached
             ).logits
