@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dlmconvert"
 # A folder imports only from those listed before it.
 ORDER = (
-    "errors", "methods", "recipe", "diffusion", "backbone", "data", "training", "sampling", "evaluation", "exporting", "planning", "runs", "cli",
+    "errors", "threads", "methods", "recipe", "diffusion", "backbone", "data", "training", "sampling", "evaluation", "exporting", "planning", "runs", "cli",
 )  # fmt: skip
 # Mathematics, and what an export carries: torch and the standard library.
 TORCH_ONLY = ("diffusion", "sampling")
