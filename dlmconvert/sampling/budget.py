@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import torch
 
+from .transfer import double
+
 
 class Plan(NamedTuple):
     """What a counted budget knows. masked_BL: masked positions of each row's block. num_masked_B: how many they were when the block
@@ -65,7 +67,7 @@ def ancestral(plan: Plan) -> torch.Tensor:
 
 def grid_probability(plan: Plan) -> torch.Tensor:
     """p_B = 1 - s/t on t_j = linspace(1, eps, S+1)_j, and 1 at the last step."""
-    j_B = plan.step_B.to(torch.float32 if plan.step_B.device.type == "mps" else torch.float64)  # mps has no float64
+    j_B = double(plan.step_B)
     t_B, s_B = (1 - (1 - plan.eps) * i_B / plan.num_steps_B for i_B in (j_B, j_B + 1))
     return torch.where(plan.step_B + 1 >= plan.num_steps_B, 1.0, 1 - s_B / t_B)
 
@@ -113,8 +115,7 @@ def factor(confidence_BL: torch.Tensor, f: float) -> torch.Tensor:
 
 def entropy_bound(entropy_BL: torch.Tensor, gamma: float) -> torch.Tensor:
     """count_B: cumsum - cummax, both along the sequence axis, never decreases. Fill: inf."""
-    if entropy_BL.device.type != "mps":  # it has no float64
-        entropy_BL = entropy_BL.to(torch.float64)
+    entropy_BL = double(entropy_BL)
     return (entropy_BL.cumsum(dim=1) - entropy_BL.cummax(dim=1).values <= gamma).sum(dim=1)
 
 

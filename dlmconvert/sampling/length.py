@@ -123,8 +123,8 @@ def daedal(
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
         ends = on_device(list(end_ids), tokens_BL.device)
         is_end_N = torch.isin(log_p_NV.argmax(dim=-1), ends)
-        # One copy to the host; token ids are exact in double precision.
-        told = torch.stack([x.to(torch.float64) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).tolist()
+        # One copy to the host; float32 holds every token id below 2^24.
+        told = torch.stack([x.to(torch.float32) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).tolist()
         c_N, p_end_N, is_end_N, x_hat = *told[:3], list(map(int, told[3]))
         at = 0
         for answer in live:

@@ -49,7 +49,7 @@ from .order import best, confidence
 from .predictions import places
 from .shadow import Shadow
 from .step import Step
-from .transfer import on_device
+from .transfer import double, on_device
 
 REVISIONS = {"remdm": 0.02, "p2": None, "wino": 0.9, "gidd": 0.1, "edits": 0.9}  # name -> default strength
 POLISHING = ("gidd", "edits")
@@ -180,7 +180,7 @@ def remdm(reviser: Reviser, cap: float) -> Iterator[Step]:
     """S steps a part of the reverse process with remasking; see the table above. A step that reveals nothing costs no forward."""
     for step in range(reviser.num_steps):
         now = reviser.now(step)
-        t_B, s_B = ((now.num_steps_B - now.step_B - at).clamp(min=0).to(torch.float64) / now.num_steps_B for at in (0, 1))
+        t_B, s_B = (double((now.num_steps_B - now.step_B - at).clamp(min=0)) / now.num_steps_B for at in (0, 1))
         sigma_B = (s_B / (1 - t_B).clamp(min=1e-12)).clamp(max=min(cap, 1.0))
         sigma_B = torch.where(t_B >= 1, min(cap, 1.0), sigma_B)  # nothing has settled yet: sigma changes nothing
         reveal_B = torch.where(s_B > 0, (1 - s_B - (1 - sigma_B) * (1 - t_B)) / t_B.clamp(min=1e-12), 1.0)

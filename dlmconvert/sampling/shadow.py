@@ -24,7 +24,7 @@ from .blocks import Layout, row_lengths
 from .cache import GuidedReader, twice
 from .canvas import Canvas
 from .transfer import on_device, waits_for_counts
-from .windows import WindowPredictor
+from .windows import WindowPredictor, places_in_rows
 
 
 class Shadow(Protocol):
@@ -87,7 +87,7 @@ class ShadowReader:
         columns_RC = torch.minimum(columns_RC, end_R1 - 1)  # of padding queries; some column that sees a key
         rows_R = on_device(live, device)
         stands_RL, rows_R1 = stands_BL[rows_R], rows_R[:, None]
-        held_RW = torch.sort((~stands_RL).to(torch.int8), dim=1, stable=True).indices[:, :num_shadow]
+        held_RW = places_in_rows(stands_RL, num_shadow)
         real_RW = torch.arange(num_shadow, device=device) < stands_RL.sum(dim=1, keepdim=True)
         place_RW = torch.where(real_RW, (held_RW - self.lag).clamp(min=0), end_R1 - 1)
         places_RQ = torch.cat([columns_RC, place_RW], dim=1)
@@ -114,7 +114,7 @@ class ShadowReader:
         most, kept = max(map(sum, counts)), kept_RQ
         by_places = waits_for_counts(device)
         if by_places:
-            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, :most]
+            kept = places_in_rows(kept_RQ, most)
         logits = self.predictor.forward_columns(
             torch.cat([tokens_BL[rows_R1, columns_RC], masks_RW], dim=1),
             self.canvas.positions_BL[rows_R1, places_RQ],

@@ -41,7 +41,7 @@ from .canvas import Canvas
 from .draw import draw_tokens
 from .filters import apply_filters, ban
 from .step import Step
-from .transfer import on_device
+from .transfer import double, on_device
 from .windows import WindowPredictor
 
 _ACCEPT, _REPLACE = 2, 3  # further keys, so that these draws are other streams than those of the draft and of the order
@@ -325,7 +325,7 @@ class _Rounds:
 def _distributions(logits_RGV: torch.Tensor, how: dict) -> torch.Tensor:
     """p_RGV in double precision, of banned logits after temperature and filters."""
     kept_NV = apply_filters(logits_RGV.flatten(0, 1), how["temperature"], how["top_p"], how["top_k"])
-    return torch.softmax(kept_NV.to(torch.float64), dim=-1).view(logits_RGV.shape)
+    return torch.softmax(double(kept_NV), dim=-1).view(logits_RGV.shape)
 
 
 def _draw(q_RGV: torch.Tensor, keys_RG: torch.Tensor, positions_RG: torch.Tensor, step: int, seed: int) -> torch.Tensor:

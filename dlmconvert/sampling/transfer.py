@@ -19,6 +19,11 @@ def on_device(values: Any, device: torch.device | str, dtype: torch.dtype | None
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """x in the most precise floats of its device: float64, on mps float32."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def waits_for_counts(device: torch.device) -> bool:
     """Does the host wait when it asks this device how many elements are chosen? Then what is chosen is padded to what the host knows;
     else (on a CPU) nothing is computed that nobody asked for."""

@@ -47,6 +47,11 @@ class WindowPredictor(Predictor, Protocol):
         ...
 
 
+def places_in_rows(chosen_RQ: torch.Tensor, most: int) -> torch.Tensor:
+    """Integers (R, most): where each row's True stand, then others, for rows with fewer. Unlike a mask, they need not be counted."""
+    return torch.sort((~chosen_RQ).to(torch.int8), dim=1, stable=True).indices[:, :most]
+
+
 class Windows:
     """One forward of a window [first, end) of columns in each row: gathering, padding, masks. Windows that are the same as last
     time keep their index tensors and their mask."""
@@ -84,7 +89,7 @@ class Windows:
         # Places instead of a mask, which would make the host wait for the device to count.
         by_places = equal or waits_for_counts(self.device)
         if by_places:
-            kept = torch.sort((~kept_RQ).to(torch.int8), dim=1, stable=True).indices[:, :most]
+            kept = places_in_rows(kept_RQ, most)
         logits = self.predictor.forward_columns(
             tokens_RQ, positions_RQ, kept, seen_RQK, num_keys, self.store, columns_RQ, None if slots is None else on_device(slots, self.device)
         )
