@@ -15,7 +15,7 @@ from torch import nn
 from dlmconvert.backbone.activations import fuse_activations
 from dlmconvert.backbone.extras import Extras
 from dlmconvert.backbone.head import plain_head, scoring
-from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store
+from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store, takes_stretches
 from dlmconvert.backbone.rewrite import call_model
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.diffusion.alignment import predicting_positions
@@ -173,6 +173,11 @@ class Denoiser(nn.Module):
     def forward_columns(self, *args: Any) -> torch.Tensor:
         """See sampling/cache.py, `WindowPredictor`: hidden states are not aligned here, their columns are the sampler's to choose."""
         return forward_columns(self.model, *args)
+
+    @property
+    def takes_stretches(self) -> bool:
+        """May `forward_columns` be told stretches of queries instead of a mask? See sampling/windows.py, `WindowPredictor`."""
+        return takes_stretches(self.model)
 
     @property
     def device(self) -> torch.device:

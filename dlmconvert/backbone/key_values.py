@@ -13,12 +13,18 @@ Shapes: B rows of a forward, R rows of the store, Q columns of a forward, L slot
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+Stretches = tuple[tuple[int, int], ...]
 
 
 class KeyValueStore(Cache):
@@ -111,7 +117,7 @@ def forward_columns(
     tokens_BQ: torch.Tensor,
     positions_BQ: torch.Tensor,
     kept_BQ: torch.Tensor,
-    seen_BQK: torch.Tensor | None,
+    seen: torch.Tensor | Stretches | None,
     num_keys: int,
     store: KeyValueStore | None,
     columns_BQ: torch.Tensor,
@@ -119,8 +125,9 @@ def forward_columns(
 ) -> torch.Tensor:
     """logits_NV of the hidden states where kept_BQ is True (row-major), of one forward of chosen columns.
 
-    seen_BQK: which of the `num_keys` keys each query sees, one row of it for all rows; None: all. store, columns_BQ, rows_B: see
-    `KeyValueStore.place`; without a store the columns of this forward are all that there is, and K = Q.
+    seen: which of the `num_keys` keys each query sees: bool (B, Q, K), one row of it for all rows; where `takes_stretches(model)`, also
+    stretches, see `stretched`; None: all. store, columns_BQ, rows_B: see `KeyValueStore.place`; without a store the columns of this
+    forward are all that there is, and K = Q.
     """
     config = model.config
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of peft's wrapper
@@ -129,18 +136,19 @@ def forward_columns(
         # One graph for all windows: expanded tensors have other strides than whole ones, and a single row of columns another shape.
         num_rows = tokens_BQ.shape[0]
         positions_BQ, columns_BQ = positions_BQ.contiguous(), columns_BQ.expand(num_rows, -1).contiguous()
-        seen_BQK = None if seen_BQK is None else seen_BQK.expand(num_rows, -1, -1).contiguous()
+        seen = None if seen is None else seen.expand(num_rows, -1, -1).contiguous()
     cached = {"use_cache": False}
     if store is not None:
         store.place(columns_BQ, num_keys, rows_B)
         cached = {"use_cache": True, cache_argument(type(base)): store}
-    mask = None if seen_BQK is None else realised_mask(model, seen_BQK)
+    is_stretched = isinstance(seen, tuple)
+    mask = None if seen is None or is_stretched else realised_mask(model, seen)
     # Some families read the direction from the config and ignore the argument, others the reverse (see rewrite.call_model).
     missing = object()
     before = getattr(config, "is_causal", missing)
     config.is_causal = False
     try:
-        with _eager_while_empty(store) if is_compiled else nullcontext():
+        with _eager_while_empty(store) if is_compiled else stretched(config, seen) if is_stretched else nullcontext():
             return model(
                 input_ids=tokens_BQ, position_ids=positions_BQ, attention_mask=mask, is_causal=False, logits_to_keep=kept_BQ, **cached
             ).logits
@@ -154,6 +162,47 @@ def forward_columns(
 def _eager_while_empty(store: KeyValueStore | None) -> Any:
     """A compiled model allocates the store outside of its graphs: else one more would be made for an empty store."""
     return nullcontext() if store is None or store.layers[0].is_initialized else torch.compiler.set_stance("force_eager")
+
+
+_STRETCHES: ContextVar[Stretches] = ContextVar("stretches")
+_STRETCHED = f"{__name__}.stretched"  # an export in the same process has a function of its own
+
+
+def takes_stretches(model: torch.nn.Module) -> bool:
+    """Can `forward_columns` be told stretches instead of a mask? Not where the graph is compiled, for it would be one more a pattern."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    has_interface = getattr(type(base), "_supports_attention_backend", False)
+    return has_interface and model.config._attn_implementation == "sdpa" and base.base_model._compiled_call_impl is None
+
+
+@contextmanager
+def stretched(config: Any, stretches: Stretches) -> Iterator[None]:
+    """Inside, attention goes stretch by stretch: ((num_queries, num_keys), ...), the first num_queries queries see the first num_keys
+    keys, the next queries the first so many, and so on. Every stretch sees all that it is given, so the kernel needs no mask: no keys
+    are computed that are then thrown away, grouped keys are not repeated, and the fastest kernels take it."""
+    token = _STRETCHES.set(stretches)
+    config._attn_implementation = _STRETCHED
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+        _STRETCHES.reset(token)
+
+
+def _stretched_attention(
+    module: torch.nn.Module, query_BHQD: torch.Tensor, key_BHKD: torch.Tensor, value_BHKD: torch.Tensor, mask: None, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    assert mask is None, "stretches stand in place of a mask"
+    kwargs["is_causal"] = False
+    answers, begin = [], 0
+    for num_queries, num_keys in _STRETCHES.get():
+        seen = query_BHQD[:, :, begin : begin + num_queries], key_BHKD[:, :, :num_keys], value_BHKD[:, :, :num_keys]
+        answers.append(sdpa_attention_forward(module, *seen, None, **kwargs)[0])
+        begin += num_queries
+    return torch.cat(answers, dim=1), None
+
+
+AttentionInterface.register(_STRETCHED, _stretched_attention)
 
 
 def realised_mask(model: torch.nn.Module, seen_BQK: torch.Tensor) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dlmconvert.backbone.gated import GatedAdapters
-from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store, realised_mask
+from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_store, realised_mask, takes_stretches
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
 from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, clean_seen
@@ -41,10 +41,11 @@ class BidirectionalMixin:
         """As the source family's. For a block model that is given no mask of its own (none, or one of padding), every token sees
         what it sees as clean text."""
         section = self.config.dlm
-        masked = attention_mask is not None and attention_mask.ndim != 2
+        # The sampler's forwards say the direction, and with or without a mask what is seen.
+        is_told = "is_causal" in kwargs or (attention_mask is not None and attention_mask.ndim != 2)
         is_block = section.get("attention") in BLOCK_PATTERNS and not self._is_source
         continues = kwargs.get("cache", kwargs.get("past_key_values")) is not None  # transformers 5.24 renamed it
-        if is_block and input_ids is not None and not masked and not continues:
+        if is_block and input_ids is not None and not is_told and not continues:
             real_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (real_BL.cumsum(1) - 1).clamp(min=0)
@@ -224,3 +225,7 @@ class _Predictor:
 
     def forward_columns(self, *args: Any) -> torch.Tensor:
         return forward_columns(self.model, *args)
+
+    @property
+    def takes_stretches(self) -> bool:
+        return takes_stretches(self.model)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from ..diffusion.block_attention import sees_at_inference
+from ..diffusion.block_attention import sees_at_inference, with_clean_context
 from .canvas import ROW, Canvas, Predictor
 from .transfer import on_device, waits_for_counts
 
@@ -34,7 +34,7 @@ class WindowPredictor(Predictor, Protocol):
         tokens_BQ: torch.Tensor,
         positions_BQ: torch.Tensor,
         kept: torch.Tensor,
-        seen_BQK: torch.Tensor | None,
+        seen: torch.Tensor | tuple[tuple[int, int], ...] | None,
         num_keys: int,
         store: Any,
         columns_BQ: torch.Tensor,
@@ -43,8 +43,18 @@ class WindowPredictor(Predictor, Protocol):
         """Logits of the hidden states (not aligned) that `kept` names: a boolean (B, Q), giving (N, V), or positions among the Q
         columns, integers (B, M), giving (B, M, V). Written to the store at columns_BQ (one row of it stands for all; L is nowhere)
         of its rows rows_B (None: all). The keys are the store's first `num_keys` columns, or without a store the Q columns
-        themselves; seen_BQK None: every query sees all of them."""
+        themselves. seen: bool (B, Q, K); None: every query sees all of them; and where the predictor says `takes_stretches`, also
+        ((num_queries, num_keys), ...): the first num_queries queries see the first num_keys keys, and so on, in all rows."""
         ...
+
+
+_MOST_STRETCHES = 4  # each is a call of the attention kernel in every layer
+
+
+def stretches(first: int, end: int, block_length: int, origin: int) -> tuple[tuple[int, int], ...]:
+    """((num_queries, num_keys), ...): the columns [first, end) under `block_causal`, block after block."""
+    cuts = [column for column in range(first + 1, end) if (column - origin) % block_length == 0]
+    return tuple((stop - start, stop) for start, stop in zip([first, *cuts], [*cuts, end], strict=True))
 
 
 def places_in_rows(chosen_RQ: torch.Tensor, most: int) -> torch.Tensor:
@@ -80,7 +90,7 @@ class Windows:
         reach: of each of `rows`, the end of the columns that it sees. rule: None where each query sees all of these; else (pattern,
         block length, origins, first noised columns), the arguments of sees_at_inference. slots: rows of the store when they are not
         all of it."""
-        columns_RQ, index_R, seen_RQK, num_keys = self._prepare(rows, windows, reach, rule)
+        columns_RQ, index_R, seen, num_keys = self._prepare(rows, windows, reach, rule)
         tokens_RQ, positions_RQ, kept_RQ = (
             self._take(x, index_R, columns_RQ, len(rows)) for x in (pad(tokens_BL, (0, 1)), self.positions_BL, pad(reading_BL, (0, 1)))
         )
@@ -91,7 +101,7 @@ class Windows:
         if by_places:
             kept = places_in_rows(kept_RQ, most)
         logits = self.predictor.forward_columns(
-            tokens_RQ, positions_RQ, kept, seen_RQK, num_keys, self.store, columns_RQ, None if slots is None else on_device(slots, self.device)
+            tokens_RQ, positions_RQ, kept, seen, num_keys, self.store, columns_RQ, None if slots is None else on_device(slots, self.device)
         )
         if not by_places:
             return logits
@@ -113,14 +123,22 @@ class Windows:
         ]
         columns_RQ = on_device(listed, self.device)
         index_R = None if rows == list(range(self.canvas.tokens_BL.shape[0])) else on_device(rows, self.device)
-        seen_RQK = self._seen(rows, windows, reach, rule, columns_RQ, index_R, num_keys)
-        self.key, self.prepared = key, (columns_RQ, index_R, seen_RQK, num_keys)
+        seen = self._seen(rows, windows, reach, rule, columns_RQ, index_R, num_keys)
+        self.key, self.prepared = key, (columns_RQ, index_R, seen, num_keys)
         return self.prepared
 
-    def _seen(self, rows, windows, reach, rule, columns_RQ, index_R, num_keys: int) -> torch.Tensor | None:
-        """None when every query sees every key: then the kernel needs no mask."""
-        if rule is None and len(set(reach)) == 1 and self.padding_BL is None:
-            return None
+    def _seen(self, rows, windows, reach, rule, columns_RQ, index_R, num_keys: int) -> torch.Tensor | tuple[tuple[int, int], ...] | None:
+        """None when every query sees every key, stretches when those of a few blocks do: then the kernel needs no mask."""
+        if len(set(reach)) == 1 and self.padding_BL is None:
+            if rule is None:
+                return None
+            if getattr(self.predictor, "takes_stretches", False) and with_clean_context(rule[0]) == "block_causal":
+                alike = set(zip(windows, reach, rule[2], strict=True))
+                (first, end), sees_to, origin = next(iter(alike))
+                found = stretches(first, end, rule[1], origin)
+                # Without a store the keys are the window's own columns.
+                if len(alike) == 1 and sees_to == end and (self.store is not None or first == 0) and len(found) <= _MOST_STRETCHES:
+                    return found
         keys_RK = torch.arange(num_keys, device=self.device)[None] if self.store is not None else columns_RQ
         query, key = columns_RQ[:, :, None], keys_RK[:, None, :]
         seen = key < on_device(reach, self.device)[:, None, None]

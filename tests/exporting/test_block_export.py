@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dlmconvert.backbone.load import load_denoiser
 from dlmconvert.errors import UserError
 from dlmconvert.exporting.package import export_folder
-from dlmconvert.sampling.api import diffusion_generate
+from dlmconvert.sampling.api import diffusion_generate, infill
 
 
 @pytest.fixture
@@ -83,3 +83,15 @@ def test_contradicting_defaults_are_refused(tmp_path):
     model = write_model(tmp_path / "model", "qwen2")
     with pytest.raises(UserError, match="threshold and factor"):
         export_folder(model, tmp_path / "out", "native", card=facts(), generation={"threshold": 0.9, "factor": 1.0}, verify=False)
+
+
+@pytest.mark.parametrize("pattern", ["block_causal", "context_causal", "causal_in_block"])
+def test_a_row_without_a_prompt_is_decoded_as_here(pattern, tmp_path, code_cache):
+    """Its first block is noised and whole: nothing of what clean text sees is put upon it, with or without stored keys."""
+    model = write_model(tmp_path / "model", "llama", spec_of("llama", attention=pattern, block_length=4, alignment="in_place"))
+    report = export_folder(model, tmp_path / "out", "native", card=facts(), generation={"max_new_tokens": 10}, verify=False)
+    exported = AutoModelForCausalLM.from_pretrained(report.target, trust_remote_code=True).eval()
+    rows, how = [[None] * 10], {"alg": "maskgit_plus", "temperature": 0.0, "steps": 10}
+    ours = infill(load_denoiser(model, device="cpu"), rows, **how)
+    for cache in ("block", "none"):
+        assert exported.infill(rows, cache=cache, **how) == ours
