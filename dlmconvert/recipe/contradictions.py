@@ -103,6 +103,8 @@ def _gated_contradictions(recipe: Recipe):
             yield f"{section}.lora.dropout={values.lora.dropout:g} is not for gated adapters: leave it out"
         if recipe.engine.name == "deepspeed" and recipe.engine.zero_stage == 3:
             yield f"{section}.lora.gated=true under DeepSpeed needs engine.zero_stage=2 or less: adapters lie beside the layers that use them"
+        if recipe.method.corruption.kind == "gidd":
+            yield f"{section}.lora.gated=true opens at masks, and method.corruption.kind=gidd asks about random tokens as well: leave it out, or mask only"
         if recipe.method.corruption.edit_share:
             yield f"{section}.lora.gated=true opens at masks, and edited rows have none: leave method.corruption.edit_share out"
         if section == "train" and recipe.method.objective.ar_weight:

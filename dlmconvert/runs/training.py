@@ -103,6 +103,9 @@ def make_engine(context: StageContext, job: TrainingJob) -> tuple[Any, Any]:
     }
     if engine.compile:
         check_compiler("engine.compile=true")
+    if settings.lora is not None and settings.lora.gated and job.method.objective.ar_weight:
+        # Refused for the stage that the method speaks of; a later one simply has none.
+        context.reporter.warn(f"  {SECTIONS[job.stage]}.lora.gated=true: adapters leave the next-token path as it is, so this stage has no AR loss")
     if engine.precision == "fp16" and values["device"].type == "cpu":
         context.reporter.warn("  engine.precision=fp16 is for GPUs: most CPUs are many times slower in it than in fp32 or bf16")
     if engine.name == "single":

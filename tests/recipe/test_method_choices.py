@@ -54,6 +54,7 @@ CONTRADICTIONS = {
     "holds none back": ["method.corruption.band_search_steps=5", "data.validation=0"],
     "opens at masks, and this training has none": ["method.name=ar", "method.attention.anneal_steps=", "train.lora={gated: true}"],
     "has no gradient under train.lora.gated=true": ["method.name=i-dlm", "method.attention.anneal_steps=3", "train.lora={gated: true}", "method.objective.ar_weight=0.2"],
+    "asks about random tokens as well": ["method.name=gidd", "method.attention.anneal_steps=", "train.lora={gated: true}"],
     "is not for gated adapters": ["train.lora={gated: true, dropout: 0.1}"],
     "lie beside the layers": ["train.lora={gated: true}", "engine.name=deepspeed", "engine.zero_stage=3"],
     "compares one copy": ["method.name=nbdiff", "method.objective.alignment_weight=1"],

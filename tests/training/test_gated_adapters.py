@@ -110,6 +110,15 @@ def test_from_the_command_line(tmp_path, monkeypatch, tiny_checkpoints, code_cac
     assert "train the same adapters on: sft.lora={gated: true" in fails(2, "sft", "run", *SMALL_SFT)
 
 
+def test_gated_fine_tuning_of_a_model_with_an_ar_loss_says_that_it_has_none(tmp_path, monkeypatch, tiny_checkpoints):
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    works("adapt", tiny_checkpoints["llama"], *SMALL, "run.folder=run", "train.steps=2", "method.name=i-dlm", "method.objective.ar_weight=0.5")
+    assert "ar_nll" in curve(Path("run/adapt"))[0]
+    told = works("sft", "run", *SMALL_SFT, "sft.steps=1", "sft.lora={gated: true}")
+    assert "this stage has no AR loss" in told.text and "ar_nll" not in curve(Path("run/sft"))[0]
+
+
 def export_of_both_models(run_folder: Path, trained: Denoiser, checkpoint: Path) -> None:
     """The folder, loaded with its own code, is the source where no mask is and the trained denoiser where masks are."""
     words = ["run.folder=run", *SMALL_EXPORT]
