@@ -1,4 +1,4 @@
-"""DAEDAL against the decisions of its program; gaps whose length is chosen; APD."""
+"""DAEDAL against the decisions of its program; gaps whose length is chosen."""
 
 from __future__ import annotations
 
@@ -142,73 +142,6 @@ def test_candidates_are_few_and_hold_both_ends():
     for low, high in ((0, 3), (5, 4)):
         with pytest.raises(ValueError, match="bounds"):
             candidates(low, high)
-
-
-# APD.
-
-
-class Causal(HashPredictor):
-    """An AR model: logits are a hash of what stands left of the position."""
-
-    def __init__(self, salt=3):
-        super().__init__()
-        self.salt = salt
-
-    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
-        rows_N, columns_N = wanted_BL.nonzero(as_tuple=True)
-        logits = []
-        for row, column in zip(rows_N.tolist(), columns_N.tolist(), strict=True):
-            left = [int(t) for t, real in zip(tokens_BL[row, :column], _real(segments_BL, tokens_BL)[row, :column], strict=True) if real]
-            generator = torch.Generator().manual_seed(hash((self.salt, *left)) % (1 << 31))
-            logits.append(4 * torch.rand(self.rows_of_output, generator=generator))
-        return torch.stack(logits)
-
-
-def _real(segments_BL, tokens_BL):
-    return torch.ones_like(tokens_BL, dtype=torch.bool) if segments_BL is None else segments_BL == 0
-
-
-def slow_apd(row: list[int | None], lookahead: int, weight: float) -> list[int]:
-    state = [23 if t is None else t for t in row]
-    diffusion, small = HashPredictor(), Causal()
-    while 23 in state:
-        holes = [i for i, t in enumerate(state) if t == 23][:lookahead]
-
-        def log_p(model, tokens, place):
-            wanted = torch.tensor([[i == place for i in range(len(tokens))]])
-            logits = model.predict(torch.tensor([tokens]), wanted, torch.arange(len(tokens))[None], None)[0, :23]
-            return torch.log_softmax(logits, -1)
-
-        of_diffusion = [log_p(diffusion, state, i) for i in holes]
-        drafted = list(state)
-        for i, p in zip(holes, of_diffusion, strict=True):
-            drafted[i] = int(p.argmax())
-        for number, (i, p) in enumerate(zip(holes, of_diffusion, strict=True)):
-            target = weight * p + (1 - weight) * log_p(small, drafted, i)
-            if number and int(target.argmax()) != drafted[i]:
-                break
-            state[i] = drafted[i]
-    return state
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
-def test_apd_is_the_slow_one(weight):
-    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
-    canvas = build_canvas(rows, 0)
-    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4)
-    assert canvas.rows(done.tokens_BL) == [slow_apd(row, 4, weight) for row in rows]
-    if weight == 1.0:
-        assert done.nfe == 3
-
-
-def test_apd_above_temperature_0_in_a_batch_is_the_row_alone():
-    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
-    how = dict(helper=Causal(), draft_length=4, temperature=1.0, seed=1, end_ids=[7])
-    together = build_canvas(rows, 0, row_keys=[2, 3])
-    filled = together.rows(generate(HashPredictor(), together, **how).tokens_BL)
-    for number, row in enumerate(rows):
-        alone = build_canvas([row], 0, row_keys=[2 + number])
-        assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
 
 
 def test_a_gap_with_bounds_is_filled_with_as_many_tokens_as_fit():
