@@ -9,6 +9,10 @@ From the left, with m the last settled position and g_i one Gumbel noise vector 
 The target is the product p_i^R p_AR^(1-R), and the shared noise makes x and y agree as often as two draws can. Nothing is trained,
 and nothing is exact: the text follows neither model's distribution. R = 1 trusts the diffusion model alone.
 
+A repetition penalty lowers in each model's prediction what that model has read: the tokens that have settled, and for the AR model
+those drafted left of the position too. The diffusion model drafts all positions at once, so only the AR model can see a draft that
+repeats itself, and there it is cut.
+
 A causal model's keys depend on nothing right of them, so an AR model that computes windows is read against stored keys, exactly: all
 that has settled was stored when it was drafted, but for the last token, whose hidden state predicts the next one. Keys of drafts that
 did not settle are written over by the next step. A step is then one forward of the AR model over as many columns as are drafted.
@@ -19,6 +23,7 @@ Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -29,7 +34,7 @@ from .blocks import row_begins, row_lengths
 from .cache import Asked, WholeReader, forget_finished
 from .canvas import ROW, Canvas, Predictor, check_predictable
 from .draw import draw_tokens
-from .filters import ban
+from .filters import ban, count_tokens, penalise, penalise_repetition
 from .order import confidence
 from .predictions import places
 from .step import Step
@@ -80,9 +85,17 @@ class _StoredHelper:
         return self.windows.forward(rows, windows, [end for _, end in windows], causal, tokens_BL, reading_BL, asked.counts)
 
 
+def _drafted_left(x_N: torch.Tensor, counts: Sequence[int], num_ids: int) -> torch.Tensor:
+    """int32 (N, V): how often each id was drafted left of a position, in its row. counts: drafted positions of each row."""
+    drafted_NV = torch.zeros(len(x_N), num_ids, dtype=torch.int32, device=x_N.device).scatter_(1, x_N[:, None].clamp(max=num_ids - 1), 1)
+    before_NV = drafted_NV.cumsum(dim=0) - drafted_NV
+    starts = [start for start, count in zip(accumulate(counts, initial=0), counts, strict=False) for _ in range(count)]
+    return before_NV - before_NV[on_device(starts, x_N.device)]
+
+
 def apd(
-    predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, banned_ids: Sequence[int] = (),
-    end_ids: Sequence[int] = (),
+    predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, repetition_penalty: float = 1.0,
+    banned_ids: Sequence[int] = (), end_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
     """A Step for each diffusion forward (the helper's forwards are not counted). draw: arguments of draw_tokens."""  # fmt: skip
     masked_BL = canvas.masked_BL.clone()
@@ -106,6 +119,8 @@ def apd(
         keys_N, positions_N = keys_BL.flatten()[flat_N], canvas.positions_BL.flatten()[flat_N]
         logits_NV = reader.read(tokens_BL, asked)
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        visible_BL = canvas.visible(masked_BL)
+        logits_NV = penalise_repetition(logits_NV, flat_N, tokens_BL, visible_BL, repetition_penalty)
         x_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **draw)
         drafted_BL = tokens_BL.flatten().scatter(0, flat_N, x_N).view(tokens_BL.shape)
         if stored is None:
@@ -114,6 +129,9 @@ def apd(
         else:
             ar_NV = stored.read(drafted_BL, asked, [end - num_left for (_, end), num_left in zip(whole, left, strict=True)])
         ar_NV = ban(ar_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        if repetition_penalty != 1:
+            standing_NV = count_tokens(tokens_BL, visible_BL, ar_NV.shape[1])[flat_N // tokens_BL.shape[1]]
+            ar_NV = penalise(ar_NV, standing_NV + _drafted_left(x_N, counts, ar_NV.shape[1]) > 0, repetition_penalty)
         width = min(ar_NV.shape[1], logits_NV.shape[1])
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
         log_ar_NV = torch.log_softmax(ar_NV[:, :width], dim=-1)

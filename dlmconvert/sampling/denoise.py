@@ -81,7 +81,7 @@ def denoise(
     order_temperature: above 0, positions are drawn without replacement from softmax(score / order_temperature) (Dream's alg_temp);
         it changes nothing in the random orders.
     draft_length: self-speculation (speculate.py): draft so many tokens with one diffusion step, verify them with the model's causal
-        pass. It decides order, number and cache itself; temperature, filters and ends stay free.
+        pass. It decides order, number and cache itself; temperature, filters, penalty and ends stay free.
     helper, helper_weight: adaptive parallel decoding (apd.py) with a small AR model beside a bidirectional one; draft_length positions
         a step, default 16. helper_weight: the share R of the diffusion model.
     revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is. In
@@ -125,22 +125,22 @@ def denoise(
         "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
     if helper is not None:
-        _refuse_beside("the AR helper", asked, "draft_length")
+        _refuse_beside("the AR helper", asked, "draft_length", "repetition_penalty")
         lookahead = 16 if draft_length is None else draft_length
         _refuse_block_model(predictor, "an AR helper")
         check_predictable(canvas, predictor.alignment)
         check_apd(canvas, lookahead, helper_weight)
-        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
+        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, repetition_penalty=repetition_penalty, banned_ids=banned_ids, end_ids=end_ids)
     if draft_length is not None:
-        _refuse_beside("draft_length (self-speculation)", asked, "draft_length")
+        _refuse_beside("draft_length (self-speculation)", asked, "draft_length", "repetition_penalty")
         check_speculation(predictor, canvas, draft_length)
-        return speculate(predictor, canvas, draft_length, **draw, banned_ids=banned_ids, end_ids=end_ids)
+        return speculate(predictor, canvas, draft_length, **draw, repetition_penalty=repetition_penalty, banned_ids=banned_ids, end_ids=end_ids)
     if initial_length is not None:
-        _refuse_beside("initial_length (a growing answer)", asked, "initial_length", "block_length", "threshold")
+        _refuse_beside("initial_length (a growing answer)", asked, "initial_length", "block_length", "threshold", "repetition_penalty")
         _refuse_block_model(predictor, "a growing answer")
         check_predictable(canvas, predictor.alignment)
         growth = check_growth(canvas, initial_length, block_length, threshold, end_ids)
-        return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
+        return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids, repetition_penalty=repetition_penalty)
     if revision is not None:
         strength = check_revision(revision, revision_strength, predictor)
         if revision not in POLISHING:

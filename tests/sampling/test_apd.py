@@ -32,42 +32,47 @@ def _real(segments_BL, tokens_BL):
     return torch.ones_like(tokens_BL, dtype=torch.bool) if segments_BL is None else segments_BL == 0
 
 
-def slow_apd(row: list[int | None], lookahead: int, weight: float) -> list[int]:
+def slow_apd(row: list[int | None], lookahead: int, weight: float, penalty: float = 1.0) -> list[int]:
     state = [23 if t is None else t for t in row]
     diffusion, small = HashPredictor(), Causal()
     while 23 in state:
         holes = [i for i, t in enumerate(state) if t == 23][:lookahead]
 
-        def log_p(model, tokens, place):
+        def log_p(model, tokens, place, read):
             wanted = torch.tensor([[i == place for i in range(len(tokens))]])
             logits = model.predict(torch.tensor([tokens]), wanted, torch.arange(len(tokens))[None], None)[0, :23]
+            for token in set(read) - {23}:
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
             return torch.log_softmax(logits, -1)
 
-        of_diffusion = [log_p(diffusion, state, i) for i in holes]
+        of_diffusion = [log_p(diffusion, state, i, state) for i in holes]
         drafted = list(state)
         for i, p in zip(holes, of_diffusion, strict=True):
             drafted[i] = int(p.argmax())
         for number, (i, p) in enumerate(zip(holes, of_diffusion, strict=True)):
-            target = weight * p + (1 - weight) * log_p(small, drafted, i)
+            target = weight * p + (1 - weight) * log_p(small, drafted, i, drafted[:i])
             if number and int(target.argmax()) != drafted[i]:
                 break
             state[i] = drafted[i]
     return state
 
 
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
 @pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
-def test_apd_is_the_slow_one(weight):
-    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
+def test_apd_is_the_slow_one(weight, penalty):
+    rows = [[3, 4, 4] + [None] * 14, [2] + [None] * 4, [5, 6]]
     canvas = build_canvas(rows, 0)
-    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4)
-    assert canvas.rows(done.tokens_BL) == [slow_apd(row, 4, weight) for row in rows]
+    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4, repetition_penalty=penalty)
+    expected = [slow_apd(row, 4, weight, penalty) for row in rows]
+    assert canvas.rows(done.tokens_BL) == expected
+    assert penalty == 1 or expected != [slow_apd(row, 4, weight) for row in rows]
     if weight == 1.0:
-        assert done.nfe == 3
+        assert done.nfe == 4
 
 
 def test_apd_above_temperature_0_in_a_batch_is_the_row_alone():
     rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
-    how = dict(helper=Causal(), draft_length=4, temperature=1.0, seed=1, end_ids=[7])
+    how = dict(helper=Causal(), draft_length=4, temperature=1.0, seed=1, end_ids=[7], repetition_penalty=1.5)
     together = build_canvas(rows, 0, row_keys=[2, 3])
     filled = together.rows(generate(HashPredictor(), together, **how).tokens_BL)
     for number, row in enumerate(rows):
@@ -105,7 +110,7 @@ HOW = {
     "greedy": dict(draft_length=4),
     "one at a time": dict(draft_length=1, helper_weight=0.0),
     "longer than the gap": dict(draft_length=30, helper_weight=0.8),
-    "hot": dict(draft_length=4, temperature=0.7, seed=3),
+    "hot": dict(draft_length=4, temperature=0.7, seed=3, repetition_penalty=1.4),
     "hot, with ends": dict(draft_length=3, temperature=1.0, top_p=0.9, seed=5, helper_weight=0.9, end_ids=list(range(0, 290, 7))),
 }
 

@@ -72,8 +72,9 @@ def test_steps_that_were_tuned_for_a_short_text_do_for_a_long_one(folders, patte
     assert "too few" in fails(2, *how, "--steps", 4)
 
 
-def test_speculation_gives_the_ar_text(folders):
-    how = ["sample", folders["context_causal"], "-p", "once", "--max-new-tokens", 20, "--temperature", 0]
+@pytest.mark.parametrize("penalty", [(), ("--repetition-penalty", 1.2)])
+def test_speculation_gives_the_ar_text(folders, penalty):
+    how = ["sample", folders["context_causal"], "-p", "once", "--max-new-tokens", 20, "--temperature", 0, *penalty]
     (ar,), (speculated,) = samples(*how, "--order", "left_to_right", "--block-length", 1), samples(*how, "--draft-length", 3)
     assert speculated["text"] == ar["text"] and speculated["nfe"] <= 2 * ar["nfe"]
     assert "AR model over clean text" in fails(2, "sample", folders["block_causal"], "-p", "once", "--draft-length", 3)
@@ -92,6 +93,9 @@ def test_lengths_that_the_model_chooses(folders):
     assert gap["text"].startswith("ab") and gap["text"].endswith("cd") and 2 <= gap["num_tokens"] <= 5
     (grown,) = samples("sample", folders["bidirectional"], "-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0)
     assert grown["num_tokens"] <= 24
+    how = ["sample", folders["bidirectional"], "-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0]
+    (other,) = samples(*how, "--repetition-penalty", 2)
+    assert other["settings"]["repetition_penalty"] == 2 and other["text"] != grown["text"]
 
 
 def test_revision_changes_the_text_and_repeats_with_its_seed(folders):

@@ -41,6 +41,7 @@ def drawn(seed: int):
         how |= {"block_length": r.choice([None, 1, 6])}
         if r.random() < 0.3:
             how = {"draft_length": r.choice([1, 2, 5]), "seed": seed, "temperature": r.choice([0.0, 0.7])} | r.choice([{}, {"end_ids": ENDS}])
+            how |= r.choice([{}, {"repetition_penalty": 1.3}])
     if "draft_length" not in how and r.random() < 0.35:
         polishing = r.choice([None, {"revision": "gidd"}, {"revision": "edits", "revision_strength": 0.005}])
         if polishing is not None:

@@ -78,7 +78,7 @@ def test_daedal_never_writes_a_mask():
 
 def test_growing_answers_in_a_batch_are_those_alone():
     rows = [[1, 2] + [None] * 30, [3] + [None] * 40, [4, 5, 6] + [None] * 5]
-    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7])
+    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7], repetition_penalty=1.3)
     together = build_canvas(rows, 0, row_keys=[4, 5, 6])
     steps = list(denoise(HashPredictor(), together, **how))
     filled = together.rows(steps[-1].tokens_BL)
@@ -86,6 +86,72 @@ def test_growing_answers_in_a_batch_are_those_alone():
         alone = build_canvas([row], 0, row_keys=[4 + number])
         assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
     assert int(steps[0].masked_BL[1].sum()) <= 16 and any(int(step.masked_BL[1].sum()) > 8 for step in steps)
+
+
+class Ends(HashPredictor):
+    """Rather sure that the text is over from position 21 on, the surer the further right, and not before."""
+
+    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
+        logits_NV = super().predict(tokens_BL, wanted_BL, positions_BL, segments_BL)
+        behind_N = positions_BL[wanted_BL] - 20
+        logits_NV[:, 7] += torch.where(behind_N > 0, 3 + behind_N / 8, -6)
+        return logits_NV
+
+
+def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high: float, penalty: float = 1.0) -> list[int]:
+    """One row, greedy, as length.py describes it: E 8, W 32, tau_eos 0.5, tau_expand 0.9, tau_low 0.1; 7 is the end."""
+
+    def read(answer):
+        row = [23 if token is None else token for token in prompt + answer]
+        here = range(len(prompt), len(row))
+        predictor = Ends(alignment="in_place")
+
+        def logits_of(tokens):
+            wanted = torch.tensor([[i in here for i in range(len(row))]])
+            return predictor.predict(torch.tensor([tokens]), wanted, torch.arange(len(row))[None], None)[:, :23]
+
+        logits = logits_of(row)
+        for place, logits_V in zip(here, logits, strict=True):
+            for token in {t for i, t in enumerate(row) if i != place} - {7, 23}:
+                logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+        p = torch.softmax(logits, -1)
+        sure = sum(float(p_V[7]) for p_V in [p_V for p_V in p if int(p_V.argmax()) == 7][-32:]) / 32
+        return p.argmax(-1).tolist(), p.max(-1).values.tolist(), sure
+
+    answer = [None] * min(initial, most)
+    while read(answer)[2] < 0.5 and len(answer) < most:
+        answer = (answer + [None] * 8)[:most]
+    answer = (answer + [7] * 16)[:most]
+    start = 0
+    while None in answer and 7 not in answer[: answer.index(None)]:
+        while None not in answer[start : start + block]:
+            start += block
+        x, c, sure = read(answer)
+        holes = [i for i in range(start, min(start + block, len(answer))) if answer[i] is None]
+        settles = [i for i in holes if c[i] > tau_high] or [max(holes, key=lambda i: c[i])]
+        for i in settles:
+            answer[i] = x[i]
+        doubtful = [i for i in holes if i not in settles and c[i] < 0.1]
+        if sure < 0.9 and len(answer) < most and doubtful:
+            at = min(doubtful, key=lambda i: c[i])
+            answer = (answer[:at] + [None] * 8 + answer[at + 1 :])[:most]
+    return answer[: answer.index(7)] if 7 in answer else answer
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.6])
+def test_a_growing_answer_is_the_slow_one(penalty):
+    rows, lengths = [[1, 2, 2], [3, 7], [4, 5, 6]], [90, 60, 12]
+    canvas = build_canvas([prompt + [None] * most for prompt, most in zip(rows, lengths, strict=True)], 0)
+    how = dict(initial_length=8, block_length=16, threshold=0.6, end_ids=[7])
+
+    def texts(**more):
+        filled = canvas.rows(generate(Ends(alignment="in_place"), canvas, **how, **more).tokens_BL)
+        answers = [row[len(prompt) :] for prompt, row in zip(rows, filled, strict=True)]
+        return [answer[: answer.index(7)] if 7 in answer else answer for answer in answers]
+
+    expected = [slow_daedal(prompt, most, 8, 16, 0.6, penalty) for prompt, most in zip(rows, lengths, strict=True)]
+    assert texts(repetition_penalty=penalty) == expected
+    assert (expected == texts()) == (penalty == 1)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_call_over_the_saved_defaults():
     assert with_defaults({"alg": "entropy", "steps": 4}, tuned) == {"alg": "entropy", "steps": 4, "block_length": 32}
     saved |= {"cache": "dual", "repetition_penalty": 1.2, "cfg_scale": 1.0}
     assert with_defaults({"revision": "p2"}, saved) == {"revision": "p2", "top_p": 0.9, "repetition_penalty": 1.2, "cfg_scale": 1.0}
-    assert with_defaults({"draft_length": 3}, saved) == {"draft_length": 3, "top_p": 0.9}
+    assert with_defaults({"draft_length": 3}, saved) == {"draft_length": 3, "top_p": 0.9, "repetition_penalty": 1.2}
     assert with_defaults({"block_length": None}, tuned) == {"threshold": 0.9, "alg": "confidence", "block_length": None}
 
 
