@@ -98,6 +98,20 @@ def test_lengths_that_the_model_chooses(folders):
     assert other["settings"]["repetition_penalty"] == 2 and other["text"] != grown["text"]
 
 
+def test_a_growing_answer_with_guidance_and_polish(folders, tmp_path):
+    how = ["-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0, "--cfg-scale", 1]
+    (guided,) = samples("sample", folders["bidirectional"], *how)
+    assert guided["settings"]["cfg_scale"] == 1 and guided["nfe"] % 2 == 0
+    folder = tmp_path / "doubts"
+    shutil.copytree(folders["bidirectional"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dlm"]["corruption"] = "gidd"
+    (folder / "config.json").write_text(json.dumps(config))
+    (polished,) = samples("sample", folder, *how, "--revision", "edits", "--revision-strength", 0.01)
+    assert polished["text"] != guided["text"] and polished["nfe"] > guided["nfe"]
+    assert "schedule of its own" in fails(2, "sample", folder, *how, "--revision", "p2")
+
+
 def test_revision_changes_the_text_and_repeats_with_its_seed(folders):
     how = ["sample", folders["bidirectional"], "-p", "ab", "--max-new-tokens", 12, "--seed", 4]
     (revised,), (again,), (plain,) = samples(*how, "--revision", "remdm"), samples(*how, "--revision", "remdm"), samples(*how, "--order", "random")

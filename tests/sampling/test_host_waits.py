@@ -49,6 +49,8 @@ CASES = {
     "p2": ("block_causal", "in_place", dict(revision="p2", num_steps=6, end_ids=[7])),
     "wino": ("bidirectional", "in_place", dict(revision="wino", threshold=0.05, block_length=6, cache="prefix", cfg_scale=1.0)),
     "a growing answer": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], repetition_penalty=1.2)),
+    "a growing answer, guided": ("bidirectional", "in_place", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], cfg_scale=1.0, temperature=1.0)),
+    "a growing answer, polished": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], revision="gidd")),
     "a helper": ("bidirectional", "shift", dict(helper="causal", draft_length=4, repetition_penalty=1.2)),
     "a helper, drawn tokens": ("bidirectional", "in_place", dict(helper="causal", draft_length=3, temperature=1.0, top_k=20, end_ids=[7])),
     "gidd": ("bidirectional", "shift", dict(revision="gidd", order="confidence", threshold=0.05, repetition_penalty=1.2)),

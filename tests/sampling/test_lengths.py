@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from tiny_decoders import denoiser_of
 from tiny_predictors import HashPredictor, vectors
 
+from dlmconvert.sampling import polish
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise, generate
 from dlmconvert.sampling.length import Growth, candidates, choose_lengths, daedal, eos_confidence
@@ -98,7 +100,7 @@ class Ends(HashPredictor):
         return logits_NV
 
 
-def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high: float, penalty: float = 1.0) -> list[int]:
+def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high: float, penalty: float = 1.0, scale: float = 0.0) -> list[int]:
     """One row, greedy, as length.py describes it: E 8, W 32, tau_eos 0.5, tau_expand 0.9, tau_low 0.1; 7 is the end."""
 
     def read(answer):
@@ -111,6 +113,9 @@ def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high
             return predictor.predict(torch.tensor([tokens]), wanted, torch.arange(len(row))[None], None)[:, :23]
 
         logits = logits_of(row)
+        if scale:
+            without = logits_of([23] * len(prompt) + row[len(prompt) :])
+            logits = without + (scale + 1) * (logits - without)
         for place, logits_V in zip(here, logits, strict=True):
             for token in {t for i, t in enumerate(row) if i != place} - {7, 23}:
                 logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
@@ -138,8 +143,8 @@ def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high
     return answer[: answer.index(7)] if 7 in answer else answer
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.6])
-def test_a_growing_answer_is_the_slow_one(penalty):
+@pytest.mark.parametrize("penalty, scale", [(1.0, 0.0), (1.6, 0.0), (1.0, 0.7), (1.3, 0.7)])
+def test_a_growing_answer_is_the_slow_one(penalty, scale):
     rows, lengths = [[1, 2, 2], [3, 7], [4, 5, 6]], [90, 60, 12]
     canvas = build_canvas([prompt + [None] * most for prompt, most in zip(rows, lengths, strict=True)], 0)
     how = dict(initial_length=8, block_length=16, threshold=0.6, end_ids=[7])
@@ -149,9 +154,73 @@ def test_a_growing_answer_is_the_slow_one(penalty):
         answers = [row[len(prompt) :] for prompt, row in zip(rows, filled, strict=True)]
         return [answer[: answer.index(7)] if 7 in answer else answer for answer in answers]
 
-    expected = [slow_daedal(prompt, most, 8, 16, 0.6, penalty) for prompt, most in zip(rows, lengths, strict=True)]
-    assert texts(repetition_penalty=penalty) == expected
-    assert (expected == texts()) == (penalty == 1)
+    expected = [slow_daedal(prompt, most, 8, 16, 0.6, penalty, scale) for prompt, most in zip(rows, lengths, strict=True)]
+    assert texts(repetition_penalty=penalty, cfg_scale=scale) == expected
+    assert (expected == texts()) == (penalty == 1 and scale == 0)
+
+
+def test_guidance_costs_a_growing_answer_two_forwards_a_step():
+    canvas = build_canvas([[1, 2] + [None] * 20, [3] + [None] * 9], 0)
+    steps = list(denoise(HashPredictor(), canvas, initial_length=4, end_ids=[7], cfg_scale=1.0))
+    assert [step.nfe for step in steps] == [2 * (step.index + 1) for step in steps]
+
+
+class Doubts(Ends):
+    corruption = "edit"
+
+
+def slow_edits(row: list[int], first: int, strength: float, rounds: int) -> list[int]:
+    """Change all from `first` to the end token where another token, no end and no mask, has p >= strength."""
+    stop = row.index(7, first) if 7 in row[first:] else len(row)
+    for _ in range(rounds):
+        wanted = torch.tensor([[first <= i < stop for i in range(len(row))]])
+        if not bool(wanted.any()):
+            break
+        logits = Doubts(alignment="in_place").predict(torch.tensor([row]), wanted, torch.arange(len(row))[None], None)[:, :23]
+        logits[:, 7] = -torch.inf
+        sure = torch.softmax(logits, -1).max(-1)
+        changed = [int(x) if p >= strength else t for p, x, t in zip(*sure, row[first:stop], strict=True)]
+        if changed == row[first:stop]:
+            break
+        row = row[:first] + changed + row[stop:]
+    return row
+
+
+def test_a_finished_answer_is_polished_as_it_was_written(monkeypatch):
+    monkeypatch.setattr(polish, "MOST_ROUNDS", 5)
+    rows = [[1, 2, 2] + [None] * 90, [3, 7] + [None] * 60, [4, 5, 6] + [None] * 12, [8, 9]]
+    canvas, how = build_canvas(rows, 0), dict(initial_length=8, block_length=16, threshold=0.6, end_ids=[7])
+    grown = list(denoise(Doubts(alignment="in_place"), canvas, **how))[-1]
+    steps = list(denoise(Doubts(alignment="in_place"), canvas, revision="edits", revision_strength=0.5, **how))
+    before, after = canvas.rows(grown.tokens_BL), canvas.rows(steps[-1].tokens_BL)
+    assert before != after and grown.nfe < steps[-1].nfe <= grown.nfe + 5 and not bool(steps[-1].masked_BL.any())
+    for number, row in enumerate(rows):
+        behind = grown.given_back_BL[number, : len(row)].tolist()
+        length = max(i for i, given_back in enumerate(behind) if not given_back) + 1
+        if number == 0:
+            assert length < len(row)  # what the answer might have become is not read
+        first = row.index(None) if None in row else len(row)
+        assert after[number] == slow_edits(before[number][:length], first, 0.5, 5) + before[number][length:]
+
+
+@pytest.mark.parametrize("revision", ["gidd", "edits"])
+def test_polishing_a_growing_answer_in_a_batch_is_polishing_it_alone(revision, monkeypatch):
+    monkeypatch.setattr(polish, "MOST_ROUNDS", 5)
+    rows = [[1, 2] + [None] * 30, [3] + [None] * 40, [4, 5, 6] + [None] * 5]
+    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7], revision=revision, revision_strength=0.4, cfg_scale=0.5)
+    together = build_canvas(rows, 0, row_keys=[4, 5, 6])
+    filled = together.rows(generate(Doubts(), together, **how).tokens_BL)
+    for number, row in enumerate(rows):
+        alone = build_canvas([row], 0, row_keys=[4 + number])
+        assert alone.rows(generate(Doubts(), alone, **how).tokens_BL) == [filled[number]]
+
+
+@pytest.mark.parametrize("revision", ["remdm", "p2", "wino"])
+def test_a_revision_with_a_schedule_of_its_own_is_refused_where_an_answer_grows(revision):
+    with pytest.raises(ValueError, match="schedule of its own.*gidd or edits"):
+        denoise(denoiser_of("llama"), build_canvas([[1, None]], 0), initial_length=4, end_ids=[7], revision=revision)
+    with pytest.raises(ValueError, match="belongs to a revision"):
+        denoise(denoiser_of("llama"), build_canvas([[1, None]], 0), initial_length=4, end_ids=[7], revision_strength=0.5)
 
 
 @pytest.mark.parametrize(
