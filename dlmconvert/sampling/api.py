@@ -178,6 +178,8 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
     if own:
         for name in ("alg", "alg_temp", "steps", "block_length", "cache", *_BUDGETS, *_OTHER_KINDS):
             saved.pop(name, None)
+    if given.get("revision") is not None:
+        saved.pop("draft_length", None)  # what the AR path has verified is not revised
     if own & {"draft_length", "helper"}:
         saved.pop("cfg_scale", None)
     named = {name for name in ("alg", *_BUDGETS) if given.get(name) is not None}
