@@ -9,30 +9,42 @@ From the left, with m the last settled position and g_i one Gumbel noise vector 
 The target is the product p_i^R p_AR^(1-R), and the shared noise makes x and y agree as often as two draws can. Nothing is trained,
 and nothing is exact: the text follows neither model's distribution. R = 1 trusts the diffusion model alone.
 
+A repetition penalty lowers in each model's prediction what that model has read: the tokens that have settled, and for the AR model
+those drafted left of the position too. The diffusion model drafts all positions at once, so only the AR model can see a draft that
+repeats itself, and there it is cut.
+
+A causal model's keys depend on nothing right of them, so an AR model that computes windows is read against stored keys, exactly: all
+that has settled was stored when it was drafted, but for the last token, whose hidden state predicts the next one. Keys of drafts that
+did not settle are written over by the next step. A step is then one forward of the AR model over as many columns as are drafted.
+
 Shapes: B rows, L positions of the canvas, N positions asked for (row-major), V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 
+from ..diffusion.alignment import predicting_positions
 from ..diffusion.randomness import SAMPLE_TOKEN, counter_gumbel
 from .blocks import row_begins, row_lengths
-from .cache import Asked, WholeReader
-from .canvas import ROW, Canvas, Predictor
+from .cache import Asked, WholeReader, forget_finished
+from .canvas import ROW, Canvas, Predictor, check_predictable
 from .draw import draw_tokens
-from .filters import ban
+from .filters import ban, count_tokens, penalise, penalise_repetition
 from .order import confidence
 from .predictions import places
 from .step import Step
 from .transfer import on_device
+from .windows import WindowPredictor, Windows
 
 
 class Helper(Protocol):
-    """The small AR model, over the same vocabulary."""
+    """The small AR model, over the same vocabulary. One with attention `causal` that computes windows (WindowPredictor) is read against
+    stored keys instead."""
 
     def predict(
         self, tokens_BL: torch.Tensor, wanted_BL: torch.Tensor, positions_BL: torch.Tensor, segments_BL: torch.Tensor | None
@@ -42,7 +54,7 @@ class Helper(Protocol):
 
 
 def check_apd(canvas: Canvas, lookahead: int, weight: float) -> None:
-    """Raises ValueError for numbers without meaning and for gaps with text behind them."""
+    """Raises ValueError for numbers without meaning, for gaps with text behind them, and for rows without a first token."""
     if lookahead < 1:
         raise ValueError(f"draft_length is {lookahead}; a step looks at 1 position at least")
     if not 0 <= weight <= 1:
@@ -52,11 +64,38 @@ def check_apd(canvas: Canvas, lookahead: int, weight: float) -> None:
     if bool(given_behind_BL.any()):
         row = int(given_behind_BL.any(dim=1).nonzero()[0])
         raise ValueError(f"row {row} has text right of a gap, and the AR model beside reads from the left: put the gap at the end")
+    check_predictable(canvas, "shift")  # the AR model reads a token from the one before it, whatever the diffusion model does
+
+
+class _StoredHelper:
+    """An AR model read against its stored keys: after the first forward, those of all that has settled."""
+
+    def __init__(self, helper: WindowPredictor, canvas: Canvas, begins: list[int]):
+        self.alignment, self.begins, self.is_empty = helper.alignment, begins, True
+        self.rows = list(range(canvas.tokens_BL.shape[0]))
+        self.windows = Windows(helper, canvas, helper.new_store(*canvas.tokens_BL.shape))
+
+    def read(self, tokens_BL: torch.Tensor, asked: Asked, firsts: list[int]) -> torch.Tensor:
+        """logits_NV of the positions asked for. firsts: the first of them in each row; all left of it has settled."""
+        rows = forget_finished(self, asked)
+        windows = [(self.begins[row] if self.is_empty else firsts[row] - 1, firsts[row] + asked.counts[row] - 1) for row in rows]
+        self.is_empty = False
+        causal = ("causal_in_block", 1, [self.begins[row] for row in rows], [end for _, end in windows])
+        reading_BL = predicting_positions(asked.mask_BL, self.alignment)
+        return self.windows.forward(rows, windows, [end for _, end in windows], causal, tokens_BL, reading_BL, asked.counts)
+
+
+def _drafted_left(x_N: torch.Tensor, counts: Sequence[int], num_ids: int) -> torch.Tensor:
+    """int32 (N, V): how often each id was drafted left of a position, in its row. counts: drafted positions of each row."""
+    drafted_NV = torch.zeros(len(x_N), num_ids, dtype=torch.int32, device=x_N.device).scatter_(1, x_N[:, None].clamp(max=num_ids - 1), 1)
+    before_NV = drafted_NV.cumsum(dim=0) - drafted_NV
+    starts = [start for start, count in zip(accumulate(counts, initial=0), counts, strict=False) for _ in range(count)]
+    return before_NV - before_NV[on_device(starts, x_N.device)]
 
 
 def apd(
-    predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, banned_ids: Sequence[int] = (),
-    end_ids: Sequence[int] = (),
+    predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, repetition_penalty: float = 1.0,
+    banned_ids: Sequence[int] = (), end_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
     """A Step for each diffusion forward (the helper's forwards are not counted). draw: arguments of draw_tokens."""  # fmt: skip
     masked_BL = canvas.masked_BL.clone()
@@ -64,12 +103,15 @@ def apd(
     keys_BL = canvas.row_keys_B[:, None].expand(masked_BL.shape)
     ends = on_device(list(end_ids), tokens_BL.device, torch.int64)
     hot = draw["temperature"] > 0
-    begins = row_begins(canvas)
-    reader = WholeReader(predictor, canvas, [(begin, begin + length) for begin, length in zip(begins, row_lengths(canvas), strict=True)])
+    whole = [(begin, begin + length) for begin, length in zip(row_begins(canvas), row_lengths(canvas), strict=True)]
+    reader, stored = WholeReader(predictor, canvas, whole), None
+    if getattr(helper, "attention", None) == "causal" and hasattr(helper, "forward_columns"):
+        stored = _StoredHelper(helper, canvas, [begin for begin, _ in whole])
     step = 0
     while True:
         wanted_BL = masked_BL & (masked_BL.cumsum(dim=1) <= lookahead)
-        counts = wanted_BL.sum(dim=1).tolist()
+        # The one place of a step where the host waits, but for a helper that is asked by a mask.
+        counts, left = torch.stack([wanted_BL.sum(dim=1), masked_BL.sum(dim=1)]).tolist()
         if not any(counts):
             return
         asked = Asked(wanted_BL, places(wanted_BL, sum(counts)), counts, [0] * len(counts), [count > 0 for count in counts])
@@ -77,10 +119,19 @@ def apd(
         keys_N, positions_N = keys_BL.flatten()[flat_N], canvas.positions_BL.flatten()[flat_N]
         logits_NV = reader.read(tokens_BL, asked)
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        visible_BL = canvas.visible(masked_BL)
+        logits_NV = penalise_repetition(logits_NV, flat_N, tokens_BL, visible_BL, repetition_penalty)
         x_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **draw)
         drafted_BL = tokens_BL.flatten().scatter(0, flat_N, x_N).view(tokens_BL.shape)
-        seen_BL = drafted_BL.masked_fill(masked_BL & ~wanted_BL, 0)  # behind the draft: a causal model never sees it
-        ar_NV = ban(helper.predict(seen_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL), predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        if stored is None:
+            seen_BL = drafted_BL.masked_fill(masked_BL & ~wanted_BL, 0)  # behind the draft: a causal model never sees it
+            ar_NV = helper.predict(seen_BL, wanted_BL, canvas.positions_BL, canvas.segments_BL)
+        else:
+            ar_NV = stored.read(drafted_BL, asked, [end - num_left for (_, end), num_left in zip(whole, left, strict=True)])
+        ar_NV = ban(ar_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
+        if repetition_penalty != 1:
+            standing_NV = count_tokens(tokens_BL, visible_BL, ar_NV.shape[1])[flat_N // tokens_BL.shape[1]]
+            ar_NV = penalise(ar_NV, standing_NV + _drafted_left(x_N, counts, ar_NV.shape[1]) > 0, repetition_penalty)
         width = min(ar_NV.shape[1], logits_NV.shape[1])
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
         log_ar_NV = torch.log_softmax(ar_NV[:, :width], dim=-1)

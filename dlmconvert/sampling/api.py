@@ -168,16 +168,20 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
     A call that names a sampler (alg, or a budget) is not mixed with half of the saved one: the saved budget goes. With a budget that
     reads the predictions, or first_hitting, the saved steps go as well (such a sampler takes the steps that it needs), and with the
     former the saved alg. With a sampler of another kind (speculation, a helper, a growing answer, a revision that has its own steps)
-    all of the saved one goes (beside a revision guidance and penalty stay, as temperature and filters always do), and a saved one of
-    another kind goes when the call names any sampler.
+    all of the saved one goes (but for temperature, filters and penalty, and the guidance where it can act: in revisions and growing
+    answers), and a saved one of another kind goes when the call names any sampler.
     """
     saved = dict(saved)
-    own = {name for name in _OTHER_KINDS if name != "revision_strength" and given.get(name) is not None}  # a strength is none by itself
-    if own and given.get("revision") not in POLISHING:
-        kept = () if given.get("revision") is None else ("cfg_scale", "repetition_penalty")
-        for name in ("alg", "alg_temp", "steps", "block_length", "cache", "cfg_scale", "repetition_penalty", *_BUDGETS, *_OTHER_KINDS):
-            if name not in kept:
-                saved.pop(name, None)
+    # A strength names no sampler by itself, and polishing follows any.
+    own = {name for name in _OTHER_KINDS if name != "revision_strength" and given.get(name) is not None}
+    own -= {"revision"} if given.get("revision") in POLISHING else set()
+    if own:
+        for name in ("alg", "alg_temp", "steps", "block_length", "cache", *_BUDGETS, *_OTHER_KINDS):
+            saved.pop(name, None)
+    if given.get("revision") is not None:
+        saved.pop("draft_length", None)  # what the AR path has verified is not revised
+    if own & {"draft_length", "helper"}:
+        saved.pop("cfg_scale", None)
     named = {name for name in ("alg", *_BUDGETS) if given.get(name) is not None}
     if named | (set(given) & {"cache", "steps"}):
         for name in _OTHER_KINDS:

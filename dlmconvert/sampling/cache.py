@@ -68,7 +68,7 @@ class RefreshedReader:
         self.windows = Windows(predictor, canvas, predictor.new_store(len(self.rows), canvas.tokens_BL.shape[1]))
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
-        live = _forget_finished(self, asked)
+        live = forget_finished(self, asked)
         new = [row for row in live if asked.counts[row] and asked.parts[row] != self.part[row]]
         old = [row for row in live if row not in new]
         if not any(asked.counts[row] for row in old):
@@ -107,7 +107,7 @@ class BlockReader:
         self.windows = Windows(predictor, canvas, store)
 
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
-        rows = _forget_finished(self, asked)
+        rows = forget_finished(self, asked)
         spans = [self.layout.spans[row][asked.parts[row]] for row in rows]
         windows = [(self.num_stored[row], span.first if span.opens else span.end) for row, span in zip(rows, spans, strict=True)]
         if self.is_cached:
@@ -204,7 +204,7 @@ def cache_of(predictor: Predictor, cache: str | None) -> str:
     return cache or "none"
 
 
-def _forget_finished(reader: RefreshedReader | BlockReader, asked: Asked) -> list[int]:
+def forget_finished(reader: RefreshedReader | BlockReader, asked: Asked) -> list[int]:
     """The rows that still have something to fill; the store keeps only those."""
     live = [row for row in reader.rows if asked.live[row]]
     store = reader.windows.store

@@ -22,10 +22,10 @@ import torch
 from .apd import Helper, apd, check_apd
 from .blocks import block_length_of, groups, model_blocks, steps_of_row
 from .budget import BUDGETS, check_budget, default_budget
-from .cache import cache_of, is_block_model, open_reader
+from .cache import Reader, cache_of, is_block_model, open_reader
 from .canvas import Canvas, Predictor, check_predictable
 from .filters import check_filters
-from .length import check_growth, daedal
+from .length import check_growth, daedal, written
 from .loop import Settings, steps_of
 from .order import ORDERS
 from .polish import polished, polished_in_blocks
@@ -81,13 +81,13 @@ def denoise(
     order_temperature: above 0, positions are drawn without replacement from softmax(score / order_temperature) (Dream's alg_temp);
         it changes nothing in the random orders.
     draft_length: self-speculation (speculate.py): draft so many tokens with one diffusion step, verify them with the model's causal
-        pass. It decides order, number and cache itself; temperature, filters and ends stay free.
+        pass. It decides order, number and cache itself; temperature, filters, penalty and ends stay free.
     helper, helper_weight: adaptive parallel decoding (apd.py) with a small AR model beside a bidirectional one; draft_length positions
         a step, default 16. helper_weight: the share R of the diffusion model.
     revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is. In
         blocks, those of the block under work.
     initial_length: DAEDAL (length.py): begin with so many masks, and let the answer grow to at most the masked positions of the row.
-        block_length (32) and threshold (0.9) are its own.
+        block_length (32) and threshold (0.9) are its own; filters, penalty, guidance and polishing revisions stay free.
     seed: the draws are a pure function of (seed, row key, step, position), whatever the batch.
     banned_ids: further ids that are never produced, besides the mask token and ids from vocab_size on.
     end_ids: a row is done when one of these was filled in and nothing left of it is masked.
@@ -117,6 +117,11 @@ def denoise(
     if not cfg_scale >= 0:
         raise ValueError(f"cfg_scale is {cfg_scale}; it must be 0 (no guidance) or positive")
     check_filters(temperature, top_p, top_k, repetition_penalty)
+    if revision is not None:
+        strength = check_revision(revision, revision_strength, predictor)
+    elif revision_strength is not None:
+        raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
+    forwards_each = 2 if cfg_scale > 0 else 1
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     asked = {
         "steps": num_steps, "budget": budget, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound,
@@ -125,29 +130,41 @@ def denoise(
         "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
     if helper is not None:
-        _refuse_beside("the AR helper", asked, "draft_length")
+        _refuse_beside("the AR helper", asked, "draft_length", "repetition_penalty")
         lookahead = 16 if draft_length is None else draft_length
         _refuse_block_model(predictor, "an AR helper")
         check_predictable(canvas, predictor.alignment)
         check_apd(canvas, lookahead, helper_weight)
-        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
+        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, repetition_penalty=repetition_penalty, banned_ids=banned_ids, end_ids=end_ids)
     if draft_length is not None:
-        _refuse_beside("draft_length (self-speculation)", asked, "draft_length")
+        _refuse_beside("draft_length (self-speculation)", asked, "draft_length", "repetition_penalty")
         check_speculation(predictor, canvas, draft_length)
-        return speculate(predictor, canvas, draft_length, **draw, banned_ids=banned_ids, end_ids=end_ids)
+        return speculate(predictor, canvas, draft_length, **draw, repetition_penalty=repetition_penalty, banned_ids=banned_ids, end_ids=end_ids)
     if initial_length is not None:
-        _refuse_beside("initial_length (a growing answer)", asked, "initial_length", "block_length", "threshold")
+        if revision is not None and revision not in POLISHING:
+            raise ValueError(
+                f"revision {revision!r} has a schedule of its own over a canvas of known length, and a growing answer has neither: leave one of the"
+                f" two out, or revise the finished answer with {' or '.join(POLISHING)}"
+            )
+        free = ("initial_length", "block_length", "threshold", "repetition_penalty", "cfg_scale", "revision")
+        _refuse_beside("initial_length (a growing answer)", asked, *free)
         _refuse_block_model(predictor, "a growing answer")
         check_predictable(canvas, predictor.alignment)
         growth = check_growth(canvas, initial_length, block_length, threshold, end_ids)
-        return daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids)
-    if revision is not None:
-        strength = check_revision(revision, revision_strength, predictor)
-        if revision not in POLISHING:
-            free = ("revision", "block_length", "cache", "cfg_scale", "repetition_penalty", "threshold" if revision == "wino" else "steps")
-            _refuse_beside(f"revision {revision!r}", asked, *free)
-    elif revision_strength is not None:
-        raise ValueError("revision_strength belongs to a revision: name one, or leave it out")
+        more = {"repetition_penalty": repetition_penalty, "cfg_scale": cfg_scale}
+        steps = daedal(predictor, canvas, growth, draw=draw, banned_ids=banned_ids, end_ids=end_ids, **more)
+        if revision is None:
+            return steps
+        layout = groups(canvas, canvas.masked_BL, None, None)
+
+        def reader_of(last: Step) -> Reader:
+            return open_reader(predictor, written(canvas, last), layout, cache="none", block_length=None, cfg_scale=cfg_scale)
+
+        reviser = Reviser(predictor, canvas, layout, None, draw, banned_ids, repetition_penalty, forwards_each=forwards_each)
+        return polished(steps, reviser, revision, strength, end_ids, reader_of)
+    if revision is not None and revision not in POLISHING:
+        free = ("revision", "block_length", "cache", "cfg_scale", "repetition_penalty", "threshold" if revision == "wino" else "steps")
+        _refuse_beside(f"revision {revision!r}", asked, *free)
     check_predictable(canvas, predictor.alignment)
     cache = cache_of(predictor, cache)
     if tokens_hook and (cache != "none" or is_block_model(predictor)):
@@ -157,7 +174,6 @@ def denoise(
         layout = model_blocks(canvas, predictor.attention, block_length, num_steps, predictor.alignment)
     else:
         layout = groups(canvas, canvas.masked_BL, block_length, num_steps)
-    forwards_each = 2 if cfg_scale > 0 else 1
     if revision in ("remdm", "p2", "wino"):
         reader = open_reader(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
         reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, end_ids, forwards_each)

@@ -35,12 +35,21 @@ def penalise_repetition(
     if penalty == 1:
         return logits_NV
     num_ids = logits_NV.shape[1]
-    ids_BL, counts_BL = tokens_BL.clamp(max=num_ids - 1), visible_BL.to(torch.int32)
-    seen_BV = torch.zeros(tokens_BL.shape[0], num_ids, dtype=torch.int32, device=logits_NV.device).scatter_add_(1, ids_BL, counts_BL)
-    elsewhere_NV = seen_BV[flat_N // tokens_BL.shape[1]]
-    elsewhere_NV.scatter_add_(1, ids_BL.flatten()[flat_N, None], -counts_BL.flatten()[flat_N, None])
-    lowered_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
-    return torch.where(elsewhere_NV > 0, lowered_NV, logits_NV)
+    counts_BL = visible_BL.to(torch.int32)
+    elsewhere_NV = count_tokens(tokens_BL, visible_BL, num_ids)[flat_N // tokens_BL.shape[1]]
+    elsewhere_NV.scatter_add_(1, tokens_BL.clamp(max=num_ids - 1).flatten()[flat_N, None], -counts_BL.flatten()[flat_N, None])
+    return penalise(logits_NV, elsewhere_NV > 0, penalty)
+
+
+def count_tokens(tokens_BL: torch.Tensor, visible_BL: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """int32 (B, V): how often each id stands among the visible tokens of a row."""
+    counts_BV = torch.zeros(tokens_BL.shape[0], num_ids, dtype=torch.int32, device=tokens_BL.device)
+    return counts_BV.scatter_add_(1, tokens_BL.clamp(max=num_ids - 1), visible_BL.to(torch.int32))
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """logits (..., V) with those lowered that are `seen`: / penalty where positive, * penalty where negative."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:

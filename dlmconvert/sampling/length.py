@@ -11,6 +11,10 @@ The paper writes the EOS confidence as the mean of p(end) over the last W positi
 only positions that would be an end, and puts W // 2 end tokens behind the answer before stage 2. This is the program. Two things
 differ on purpose: the mask token is never predicted, and a row is done when its text has come to its end.
 
+A repetition penalty lowers what stands elsewhere in the row, but never an end token: end tokens stand behind every answer from stage 2
+on, and how sure they are decides its length. Guidance hides the prompt from its second forward, never the answer. A revision that
+polishes reads the answer as it was written, without what it might have become.
+
 **A gap of unknown length** `[[MASK:4-24]]`: candidates between the bounds are filled (most confident first, in few steps), and the
 one with the best mean log-probability a token is kept, over the gap's tokens as they were settled and the tokens that follow it (up
 to FOLLOWING, predicted with each other masked). The gap alone would favour filler; what follows says whether the text joins.
@@ -21,15 +25,15 @@ Shapes: B rows, L positions of the canvas, G positions of an answer, N positions
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .blocks import masked_places, row_begins, row_lengths
-from .cache import Asked, WholeReader
-from .canvas import Canvas, Predictor, build_canvas
+from .cache import Asked, GuidedReader, WholeReader, twice
+from .canvas import PADDING, ROW, Canvas, Predictor, build_canvas
 from .draw import draw_tokens
-from .filters import ban
+from .filters import ban, penalise_repetition
 from .order import confidence
 from .step import Step
 from .transfer import on_device
@@ -96,7 +100,8 @@ class _Answer:
 
 
 def daedal(
-    predictor: Predictor, canvas: Canvas, growth: Growth, *, draw: dict, banned_ids: Sequence[int], end_ids: Sequence[int], stops: bool = True
+    predictor: Predictor, canvas: Canvas, growth: Growth, *, draw: dict, banned_ids: Sequence[int], end_ids: Sequence[int],
+    repetition_penalty: float = 1.0, cfg_scale: float = 0.0, stops: bool = True,
 ) -> Iterator[Step]:
     """Answers behind the prompts of the canvas, as long as they become and at most as long as their masked positions.
 
@@ -114,14 +119,21 @@ def daedal(
         tokens_BL = grown.tokens_BL.masked_fill(grown.masked_BL, predictor.mask_token_id)
         counts, width = [len(answer.tokens) for answer in live], wanted_BL.shape[1]
         flat_N = on_device([place * width + len(answer.prompt) + i for place, answer in enumerate(live) for i in range(counts[place])], tokens_BL.device)
-        reader = WholeReader(predictor, grown, [(0, len(answer.prompt) + len(answer.tokens)) for answer in live])
+        whole = [(0, len(answer.prompt) + len(answer.tokens)) for answer in live]
+        if cfg_scale > 0:
+            around = replace(grown, masked_BL=wanted_BL)  # what has settled of an answer is no prompt
+            reader = GuidedReader(WholeReader(predictor, twice(around), whole * 2), around, predictor.mask_token_id, cfg_scale)
+        else:
+            reader = WholeReader(predictor, grown, whole)
         logits_NV = reader.read(tokens_BL, Asked(wanted_BL, flat_N, counts, [0] * len(live), [True] * len(live)))
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
-        nfe += 1
+        ends = on_device(list(end_ids), tokens_BL.device)
+        repeatable_BL = grown.visible(grown.masked_BL) & ~torch.isin(tokens_BL, ends)
+        logits_NV = penalise_repetition(logits_NV, flat_N, tokens_BL, repeatable_BL, repetition_penalty)
+        nfe += 2 if cfg_scale > 0 else 1
         keys_BL = canvas.row_keys_B[on_device([answer.row for answer in live], tokens_BL.device)][:, None].expand(wanted_BL.shape)
         x_hat_N = draw_tokens(logits_NV, keys_BL.flatten()[flat_N], grown.positions_BL.flatten()[flat_N], step=step, **draw)
         log_p_NV = torch.log_softmax(logits_NV, dim=-1)
-        ends = on_device(list(end_ids), tokens_BL.device)
         is_end_N = torch.isin(log_p_NV.argmax(dim=-1), ends)
         # One copy to the host; float32 holds every token id below 2^24.
         told = torch.stack([x.to(torch.float32) for x in (confidence(log_p_NV, x_hat_N), log_p_NV[:, ends].exp().sum(dim=-1), is_end_N, x_hat_N)]).tolist()
@@ -198,6 +210,14 @@ def _step(canvas: Canvas, answers: list[_Answer], mask_token_id: int, end_id: in
     tokens_BL = torch.where(canvas.masked_BL, on_device(held, device), canvas.tokens_BL)
     masked_BL, committed_BL, given_back_BL = (on_device(x, device, torch.bool) for x in (masked, committed, given_back))
     return Step(step, tokens_BL, masked_BL, committed_BL, on_device(sure, device, torch.float32), given_back_BL, nfe)
+
+
+def written(canvas: Canvas, last: Step) -> Canvas:
+    """The canvas of the answers alone: what stands behind the last filled column of each row after the `last` step is padding."""
+    column_L = torch.arange(canvas.tokens_BL.shape[1], device=canvas.tokens_BL.device)
+    real_BL = canvas.visible(torch.zeros_like(canvas.masked_BL))
+    last_B = column_L.masked_fill(~real_BL | last.given_back_BL, 0).max(dim=1).values
+    return replace(canvas, segments_BL=torch.where(real_BL & (column_L <= last_B[:, None]), ROW, PADDING))
 
 
 # --- gaps whose length the model chooses

@@ -1,7 +1,8 @@
 """Polishing: a text that is finished, or the finished block of a block model, is read again as a whole, and tokens that the model doubts
 are changed (revise.py: `gidd`, `edits`).
 
-A bidirectional model polishes the whole text, with full forwards, whatever cache filled it. A block model polishes each block before the next
+A bidirectional model polishes the whole text, with full forwards, whatever cache filled it, and a growing answer (length.py) as far as it was
+written. A block model polishes each block before the next
 one is begun: it is read as a noised block behind clean text, which is how such a model was trained to doubt, and its keys are stored
 afterwards, clean. So the exact cache stays exact.
 
@@ -10,7 +11,7 @@ Shapes: B rows, L positions of the canvas, K parts, N positions asked for (row-m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,14 +63,20 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
         yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
 
 
-def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int]) -> Iterator[Step]:
-    """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it."""
+def polished(
+    steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int], reader_of: Callable[[Step], Reader] | None = None
+) -> Iterator[Step]:
+    """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it.
+
+    reader_of: who reads the finished text, where that depends on it (length.py)."""
     last = None
     for last in steps:
         yield last
     if last is None:
         return
     reviser.tokens_BL, reviser.masked_BL, reviser.nfe = last.tokens_BL, last.masked_BL, last.nfe
+    if reader_of is not None:
+        reviser.reader = reader_of(last)
     reviser.open_BL = _before_end(last.tokens_BL, reviser.open_BL, end_ids)
     reviser.banned_ids = (*reviser.banned_ids, *end_ids)  # no new end in the middle
     yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)

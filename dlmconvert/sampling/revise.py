@@ -87,13 +87,13 @@ class Now(NamedTuple):
 
 @dataclass
 class Reviser:
-    """What all revisions need: who answers, how tokens are drawn, and the state. draw: arguments of draw_tokens. end_ids: a row is
+    """What all revisions need: who answers (None: not known yet), how tokens are drawn, and the state. draw: arguments of draw_tokens. end_ids: a row is
     done with the part that holds one of these."""
 
     predictor: Predictor
     canvas: Canvas
     layout: Layout
-    reader: Reader
+    reader: Reader | None
     draw: dict
     banned_ids: Sequence[int]
     repetition_penalty: float

@@ -19,6 +19,9 @@ AR sampling with the same temperature and filters, because q^k_j depends on noth
 AR text, token for token, whatever was drafted. A round is one forward and settles 1 .. g + 1 tokens, so it never takes more forwards
 than AR decoding does. The token behind d_k is not known yet when q^k is computed: it is one of the masks.
 
+A repetition penalty is that of AR decoding as well: p_j is penalised by all that stands left of its token, d_1 .. d_{j-1} included, and
+q^k by the text up to d_k.
+
 Under `shift` a block that drafts begins at d_k, as in training, where the first token of a block is never masked; under `in_place` it
 begins behind d_k. The AR prediction of a token is read from the hidden state before it under either alignment. Keys of drafted and
 masked columns are written over in the next round; only what was accepted stays, computed by the causal pass.
@@ -39,7 +42,7 @@ from ..diffusion.randomness import SAMPLE_ORDER, SAMPLE_TOKEN, counter_gumbel, c
 from .blocks import masked_places, row_begins, row_lengths
 from .canvas import Canvas
 from .draw import draw_tokens
-from .filters import apply_filters, ban
+from .filters import apply_filters, ban, count_tokens, penalise
 from .step import Step
 from .transfer import double, on_device
 from .windows import WindowPredictor
@@ -96,6 +99,7 @@ def speculate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int = 0,
+    repetition_penalty: float = 1.0,
     banned_ids: Sequence[int] = (),
     end_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
@@ -103,7 +107,7 @@ def speculate(
 
     The canvas has been checked (check_speculation). Other arguments as in `denoise`. Step.confidence_BL is the AR probability.
     """
-    rounds = _Rounds(predictor, canvas, draft_length, banned_ids)
+    rounds = _Rounds(predictor, canvas, draft_length, banned_ids, repetition_penalty)
     hot = temperature > 0
     how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     device, (num_rows, length) = canvas.tokens_BL.device, canvas.tokens_BL.shape
@@ -211,8 +215,8 @@ class _Rounds:
     """Where the rows stand, and their forwards. last: the column of each row's last settled token. num_stored: columns left of it are
     clean and stored."""
 
-    def __init__(self, predictor: WindowPredictor, canvas: Canvas, draft_length: int, banned_ids: Sequence[int]):
-        self.predictor, self.draft_length, self.banned_ids = predictor, draft_length, banned_ids
+    def __init__(self, predictor: WindowPredictor, canvas: Canvas, draft_length: int, banned_ids: Sequence[int], repetition_penalty: float):
+        self.predictor, self.draft_length, self.banned_ids, self.repetition_penalty = predictor, draft_length, banned_ids, repetition_penalty
         self.lag = int(predictor.alignment == "shift")
         self.device, self.length = canvas.tokens_BL.device, canvas.tokens_BL.shape[1]
         self.begins = row_begins(canvas)
@@ -237,7 +241,7 @@ class _Rounds:
         begins_R1: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits_RGV of the drafted tokens and of the one behind them, by the causal pass; logits_RKGV of the G tokens that would be
-        drafted next for each outcome), banned. Columns: the text that is not stored yet, the drafts, then a block for each outcome.
+        drafted next for each outcome), banned and penalised. Columns: the text that is not stored yet, the drafts, then a block for each outcome.
 
         known_RC: the last settled token, which is all that is not stored yet, and the drafts behind it; None in the first forward."""  # fmt: skip
         drafted = 0 if known_RC is None else self.draft_length
@@ -262,7 +266,17 @@ class _Rounds:
         kept_RN = shape.kept_N.expand(len(self.rows), -1)
         logits_RNV = self.predictor.forward_columns(tokens_RQ, positions_RQ, kept_RN, seen_RQK, num_keys, self.store, slots_RQ, None)
         logits_RNV = ban(logits_RNV.flatten(0, 1), self.predictor.mask_token_id, self.predictor.vocab_size, self.banned_ids).view(logits_RNV.shape)
-        return logits_RNV[:, : drafted + 1], logits_RNV[:, drafted + 1 :].unflatten(1, (drafted + 1, self.draft_length))
+        p_RGV, next_RKGV = logits_RNV[:, : drafted + 1], logits_RNV[:, drafted + 1 :].unflatten(1, (drafted + 1, self.draft_length))
+        if self.repetition_penalty == 1:
+            return p_RGV, next_RKGV
+        # What stands when d_1 .. d_k do, which is what stands left of d_{k+1} as well.
+        column_L = torch.arange(text_BL.shape[1], device=self.device)
+        standing_RKV = torch.zeros_like(p_RGV, dtype=torch.int32)
+        standing_RKV[:, 0] = count_tokens(text_BL[rows_R1[:, 0]], (column_L >= begins_R1) & (column_L <= last_R1), p_RGV.shape[2])
+        if known_RC is not None:
+            standing_RKV[:, 1:].scatter_(2, known_RC[:, 1:, None], 1)
+        seen_RKV = standing_RKV.cumsum(dim=1) > 0
+        return penalise(p_RGV, seen_RKV, self.repetition_penalty), penalise(next_RKGV, seen_RKV[:, :, None], self.repetition_penalty)
 
     def _ragged(
         self, shape: _Shape, columns_RQ: torch.Tensor, slots_RQ: torch.Tensor, last_R1: torch.Tensor, num_keys: int

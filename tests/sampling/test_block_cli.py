@@ -72,8 +72,9 @@ def test_steps_that_were_tuned_for_a_short_text_do_for_a_long_one(folders, patte
     assert "too few" in fails(2, *how, "--steps", 4)
 
 
-def test_speculation_gives_the_ar_text(folders):
-    how = ["sample", folders["context_causal"], "-p", "once", "--max-new-tokens", 20, "--temperature", 0]
+@pytest.mark.parametrize("penalty", [(), ("--repetition-penalty", 1.2)])
+def test_speculation_gives_the_ar_text(folders, penalty):
+    how = ["sample", folders["context_causal"], "-p", "once", "--max-new-tokens", 20, "--temperature", 0, *penalty]
     (ar,), (speculated,) = samples(*how, "--order", "left_to_right", "--block-length", 1), samples(*how, "--draft-length", 3)
     assert speculated["text"] == ar["text"] and speculated["nfe"] <= 2 * ar["nfe"]
     assert "AR model over clean text" in fails(2, "sample", folders["block_causal"], "-p", "once", "--draft-length", 3)
@@ -92,6 +93,23 @@ def test_lengths_that_the_model_chooses(folders):
     assert gap["text"].startswith("ab") and gap["text"].endswith("cd") and 2 <= gap["num_tokens"] <= 5
     (grown,) = samples("sample", folders["bidirectional"], "-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0)
     assert grown["num_tokens"] <= 24
+    how = ["sample", folders["bidirectional"], "-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0]
+    (other,) = samples(*how, "--repetition-penalty", 2)
+    assert other["settings"]["repetition_penalty"] == 2 and other["text"] != grown["text"]
+
+
+def test_a_growing_answer_with_guidance_and_polish(folders, tmp_path):
+    how = ["-p", "ab", "--max-new-tokens", 24, "--initial-length", 4, "--temperature", 0, "--cfg-scale", 1]
+    (guided,) = samples("sample", folders["bidirectional"], *how)
+    assert guided["settings"]["cfg_scale"] == 1 and guided["nfe"] % 2 == 0
+    folder = tmp_path / "doubts"
+    shutil.copytree(folders["bidirectional"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dlm"]["corruption"] = "gidd"
+    (folder / "config.json").write_text(json.dumps(config))
+    (polished,) = samples("sample", folder, *how, "--revision", "edits", "--revision-strength", 0.01)
+    assert polished["text"] != guided["text"] and polished["nfe"] > guided["nfe"]
+    assert "schedule of its own" in fails(2, "sample", folder, *how, "--revision", "p2")
 
 
 def test_revision_changes_the_text_and_repeats_with_its_seed(folders):

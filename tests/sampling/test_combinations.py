@@ -17,14 +17,19 @@ _MODELS: dict = {}
 ENDS = list(range(0, 290, 9))
 
 
+def _model(key: tuple):
+    if key not in _MODELS:
+        _MODELS[key] = denoiser_of(*key)
+        _MODELS[key].spec = replace(_MODELS[key].spec, corruption="gidd")
+    return _MODELS[key]
+
+
 def drawn(seed: int):
     """(model, rows, settings): some rows have nothing to fill, one token, or gaps."""
     r = random.Random(seed)
     pattern = r.choice(["bidirectional", "block_causal", "context_causal", "causal_in_block"])
     key = (r.choice(["gpt2", "llama", "qwen3"]), pattern, r.choice(["shift", "in_place"]), None if pattern == "bidirectional" else r.choice([2, 3, 7]))
-    if key not in _MODELS:
-        _MODELS[key] = denoiser_of(*key)
-        _MODELS[key].spec = replace(_MODELS[key].spec, corruption="gidd")
+    model = _model(key)
     rows = []
     for _ in range(r.randint(1, 4)):
         row = [r.randint(0, 290) for _ in range(r.randint(1, 9))] + [None] * r.randint(0, 12)
@@ -41,20 +46,35 @@ def drawn(seed: int):
         how |= {"block_length": r.choice([None, 1, 6])}
         if r.random() < 0.3:
             how = {"draft_length": r.choice([1, 2, 5]), "seed": seed, "temperature": r.choice([0.0, 0.7])} | r.choice([{}, {"end_ids": ENDS}])
+            how |= r.choice([{}, {"repetition_penalty": 1.3}])
     if "draft_length" not in how and r.random() < 0.35:
         polishing = r.choice([None, {"revision": "gidd"}, {"revision": "edits", "revision_strength": 0.005}])
         if polishing is not None:
-            return _MODELS[key], rows, how | polishing
+            return model, rows, how | polishing
         how = {name: how[name] for name in ("seed", "temperature", "top_p", "top_k", "block_length", "cache", "cfg_scale", "repetition_penalty", "end_ids") if name in how}
         how |= r.choice([{"revision": "remdm", "revision_strength": 0.3}, {"revision": "p2"}, {"revision": "p2", "cfg_scale": 0.7}, {"revision": "wino", "threshold": 0.002}])
-    return _MODELS[key], rows, how
+    return model, rows, how
 
 
-@pytest.mark.parametrize("first_seed", [0, 10, 20, 30, 40, 320])
-def test_any_combination(first_seed, monkeypatch):
+def drawn_from_the_left(seed: int):
+    """The same of a bidirectional model with an AR helper, or of answers that grow."""
+    r = random.Random(seed)
+    model = _model((r.choice(["gpt2", "llama", "qwen3"]), "bidirectional", r.choice(["shift", "in_place"]), None))
+    rows = [[r.randint(0, 290) for _ in range(r.randint(1, 9))] + [None] * r.choice([0, 1, 12, r.randint(2, 20)]) for _ in range(r.randint(1, 4))]
+    how = {"seed": seed} | r.choice([{}, {"temperature": 0.7, "top_p": r.choice([None, 0.9]), "top_k": r.choice([None, 20])}])
+    how |= r.choice([{}, {"repetition_penalty": 1.3}])
+    if r.random() < 0.4:
+        helper = _model((r.choice(["gpt2", "mistral"]), "causal", "shift", None))
+        return model, rows, how | {"helper": helper, "helper_weight": r.choice([0.3, 0.9])} | r.choice([{}, {"draft_length": 3}]) | r.choice([{}, {"end_ids": ENDS}])
+    how |= {"initial_length": r.choice([1, 4]), "end_ids": r.choice([ENDS, [7]]), "threshold": r.choice([0.05, 0.9]), "block_length": r.choice([2, 32])}
+    return model, rows, how | r.choice([{}, {"cfg_scale": 0.7}]) | r.choice([{}, {"revision": "gidd"}, {"revision": "edits", "revision_strength": 0.005}])
+
+
+@pytest.mark.parametrize("draws, first_seed", [(drawn, seed) for seed in (0, 10, 20, 30, 40, 320)] + [(drawn_from_the_left, seed) for seed in (0, 10, 20)])
+def test_any_combination(draws, first_seed, monkeypatch):
     monkeypatch.setattr(polish, "MOST_ROUNDS", 6)  # a random model is never content with its text
     for seed in range(first_seed, first_seed + 10):
-        model, rows, how = drawn(seed)
+        model, rows, how = draws(seed)
         keys = [100 + seed + i for i in range(len(rows))]
         canvas = build_canvas(rows, 0, row_keys=keys)
         tokens_BL, masked_BL = canvas.tokens_BL, canvas.masked_BL

@@ -59,6 +59,21 @@ def test_compiled_forwards_give_the_same_tokens_from_few_graphs(family, pattern,
     assert graphs.frame_count <= before + 1, "new lengths and row counts are no new graphs"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_helper_says_the_same_from_few_graphs(family, graphs):
+    denoiser, helper = denoiser_of("llama"), denoiser_of(family, "causal")
+
+    def made(lengths, new):
+        canvas = build_canvas([[*range(3, 3 + n), *[None] * new] for n in lengths], 0)
+        return generate(denoiser, canvas, helper=helper, draft_length=3).tokens_BL
+
+    shapes = [((7, 7, 7), 9), ((5, 9, 7), 11), ((4,), 8), ((10,), 13), ((6,) * 5, 10), ((8, 8), 10), ((11,), 9)]
+    plain = [made(*shape) for shape in shapes]
+    compile_for_decoding(helper.model)
+    assert all(torch.equal(one, made(*shape)) for one, shape in zip(plain, shapes, strict=True))
+    assert 0 < graphs.frame_count <= 8, "torch gives up at eight"
+
+
 def test_the_command_line_compiles(folders, graphs):  # noqa: F811
     words = ("sample", str(folders["bidirectional"]), "--prompt", "a story", "--max-new-tokens", "8", "--block-length", "4", "--cache", "dual", "--seed", "3")
     assert samples(*words)[0]["text"] == samples(*words, "--compile")[0]["text"]

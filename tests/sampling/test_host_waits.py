@@ -44,11 +44,15 @@ CASES = {
     "speculation": ("context_causal", "shift", dict(draft_length=3)),
     "drawn tokens": ("bidirectional", "shift", dict(order="confidence", threshold=0.05, temperature=1.0, top_p=0.9)),
     "drawn tokens of an order that needs none": ("bidirectional", "shift", dict(order="entropy", num_steps=5, temperature=1.0, block_length=4, cache="dual")),
-    "drawn drafts": ("context_causal", "shift", dict(draft_length=2, temperature=1.0, end_ids=[7])),
+    "drawn drafts": ("context_causal", "shift", dict(draft_length=2, temperature=1.0, end_ids=[7], repetition_penalty=1.2)),
     "remdm": ("bidirectional", "shift", dict(revision="remdm", revision_strength=0.5, num_steps=6, block_length=4, cache="dual")),
     "p2": ("block_causal", "in_place", dict(revision="p2", num_steps=6, end_ids=[7])),
     "wino": ("bidirectional", "in_place", dict(revision="wino", threshold=0.05, block_length=6, cache="prefix", cfg_scale=1.0)),
-    "a growing answer": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7])),
+    "a growing answer": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], repetition_penalty=1.2)),
+    "a growing answer, guided": ("bidirectional", "in_place", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], cfg_scale=1.0, temperature=1.0)),
+    "a growing answer, polished": ("bidirectional", "shift", dict(initial_length=4, threshold=0.3, block_length=4, end_ids=[7], revision="gidd")),
+    "a helper": ("bidirectional", "shift", dict(helper="causal", draft_length=4, repetition_penalty=1.2)),
+    "a helper, drawn tokens": ("bidirectional", "in_place", dict(helper="causal", draft_length=3, temperature=1.0, top_k=20, end_ids=[7])),
     "gidd": ("bidirectional", "shift", dict(revision="gidd", order="confidence", threshold=0.05, repetition_penalty=1.2)),
 }
 ROWS = {"one row": [[1, 2, 3, 4]], "rows of several lengths": [[1, 2, 3, 4], [5, 6], [9, 8, 7]]}
@@ -72,6 +76,8 @@ def like_a_gpu(monkeypatch):
 def steps_of(case, rows):
     pattern, alignment, settings = CASES[case]
     denoiser = denoiser_of("llama", pattern, alignment, 4 if pattern != "bidirectional" else None)
+    if "helper" in settings:
+        settings = settings | {"helper": denoiser_of("gpt2", settings["helper"])}
     denoiser.spec = dataclasses.replace(denoiser.spec, corruption="gidd")
     return denoise(denoiser, build_canvas([prompt + [None] * 12 for prompt in ROWS[rows]], 0), **settings)
 

@@ -1,4 +1,4 @@
-"""DAEDAL against the decisions of its program; gaps whose length is chosen; APD."""
+"""DAEDAL against the decisions of its program; gaps whose length is chosen."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from tiny_decoders import denoiser_of
 from tiny_predictors import HashPredictor, vectors
 
+from dlmconvert.sampling import polish
 from dlmconvert.sampling.canvas import build_canvas
 from dlmconvert.sampling.denoise import denoise, generate
 from dlmconvert.sampling.length import Growth, candidates, choose_lengths, daedal, eos_confidence
@@ -78,7 +80,7 @@ def test_daedal_never_writes_a_mask():
 
 def test_growing_answers_in_a_batch_are_those_alone():
     rows = [[1, 2] + [None] * 30, [3] + [None] * 40, [4, 5, 6] + [None] * 5]
-    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7])
+    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7], repetition_penalty=1.3)
     together = build_canvas(rows, 0, row_keys=[4, 5, 6])
     steps = list(denoise(HashPredictor(), together, **how))
     filled = together.rows(steps[-1].tokens_BL)
@@ -86,6 +88,139 @@ def test_growing_answers_in_a_batch_are_those_alone():
         alone = build_canvas([row], 0, row_keys=[4 + number])
         assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
     assert int(steps[0].masked_BL[1].sum()) <= 16 and any(int(step.masked_BL[1].sum()) > 8 for step in steps)
+
+
+class Ends(HashPredictor):
+    """Rather sure that the text is over from position 21 on, the surer the further right, and not before."""
+
+    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
+        logits_NV = super().predict(tokens_BL, wanted_BL, positions_BL, segments_BL)
+        behind_N = positions_BL[wanted_BL] - 20
+        logits_NV[:, 7] += torch.where(behind_N > 0, 3 + behind_N / 8, -6)
+        return logits_NV
+
+
+def slow_daedal(prompt: list[int], most: int, initial: int, block: int, tau_high: float, penalty: float = 1.0, scale: float = 0.0) -> list[int]:
+    """One row, greedy, as length.py describes it: E 8, W 32, tau_eos 0.5, tau_expand 0.9, tau_low 0.1; 7 is the end."""
+
+    def read(answer):
+        row = [23 if token is None else token for token in prompt + answer]
+        here = range(len(prompt), len(row))
+        predictor = Ends(alignment="in_place")
+
+        def logits_of(tokens):
+            wanted = torch.tensor([[i in here for i in range(len(row))]])
+            return predictor.predict(torch.tensor([tokens]), wanted, torch.arange(len(row))[None], None)[:, :23]
+
+        logits = logits_of(row)
+        if scale:
+            without = logits_of([23] * len(prompt) + row[len(prompt) :])
+            logits = without + (scale + 1) * (logits - without)
+        for place, logits_V in zip(here, logits, strict=True):
+            for token in {t for i, t in enumerate(row) if i != place} - {7, 23}:
+                logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+        p = torch.softmax(logits, -1)
+        sure = sum(float(p_V[7]) for p_V in [p_V for p_V in p if int(p_V.argmax()) == 7][-32:]) / 32
+        return p.argmax(-1).tolist(), p.max(-1).values.tolist(), sure
+
+    answer = [None] * min(initial, most)
+    while read(answer)[2] < 0.5 and len(answer) < most:
+        answer = (answer + [None] * 8)[:most]
+    answer = (answer + [7] * 16)[:most]
+    start = 0
+    while None in answer and 7 not in answer[: answer.index(None)]:
+        while None not in answer[start : start + block]:
+            start += block
+        x, c, sure = read(answer)
+        holes = [i for i in range(start, min(start + block, len(answer))) if answer[i] is None]
+        settles = [i for i in holes if c[i] > tau_high] or [max(holes, key=lambda i: c[i])]
+        for i in settles:
+            answer[i] = x[i]
+        doubtful = [i for i in holes if i not in settles and c[i] < 0.1]
+        if sure < 0.9 and len(answer) < most and doubtful:
+            at = min(doubtful, key=lambda i: c[i])
+            answer = (answer[:at] + [None] * 8 + answer[at + 1 :])[:most]
+    return answer[: answer.index(7)] if 7 in answer else answer
+
+
+@pytest.mark.parametrize("penalty, scale", [(1.0, 0.0), (1.6, 0.0), (1.0, 0.7), (1.3, 0.7)])
+def test_a_growing_answer_is_the_slow_one(penalty, scale):
+    rows, lengths = [[1, 2, 2], [3, 7], [4, 5, 6]], [90, 60, 12]
+    canvas = build_canvas([prompt + [None] * most for prompt, most in zip(rows, lengths, strict=True)], 0)
+    how = dict(initial_length=8, block_length=16, threshold=0.6, end_ids=[7])
+
+    def texts(**more):
+        filled = canvas.rows(generate(Ends(alignment="in_place"), canvas, **how, **more).tokens_BL)
+        answers = [row[len(prompt) :] for prompt, row in zip(rows, filled, strict=True)]
+        return [answer[: answer.index(7)] if 7 in answer else answer for answer in answers]
+
+    expected = [slow_daedal(prompt, most, 8, 16, 0.6, penalty, scale) for prompt, most in zip(rows, lengths, strict=True)]
+    assert texts(repetition_penalty=penalty, cfg_scale=scale) == expected
+    assert (expected == texts()) == (penalty == 1 and scale == 0)
+
+
+def test_guidance_costs_a_growing_answer_two_forwards_a_step():
+    canvas = build_canvas([[1, 2] + [None] * 20, [3] + [None] * 9], 0)
+    steps = list(denoise(HashPredictor(), canvas, initial_length=4, end_ids=[7], cfg_scale=1.0))
+    assert [step.nfe for step in steps] == [2 * (step.index + 1) for step in steps]
+
+
+class Doubts(Ends):
+    corruption = "edit"
+
+
+def slow_edits(row: list[int], first: int, strength: float, rounds: int) -> list[int]:
+    """Change all from `first` to the end token where another token, no end and no mask, has p >= strength."""
+    stop = row.index(7, first) if 7 in row[first:] else len(row)
+    for _ in range(rounds):
+        wanted = torch.tensor([[first <= i < stop for i in range(len(row))]])
+        if not bool(wanted.any()):
+            break
+        logits = Doubts(alignment="in_place").predict(torch.tensor([row]), wanted, torch.arange(len(row))[None], None)[:, :23]
+        logits[:, 7] = -torch.inf
+        sure = torch.softmax(logits, -1).max(-1)
+        changed = [int(x) if p >= strength else t for p, x, t in zip(*sure, row[first:stop], strict=True)]
+        if changed == row[first:stop]:
+            break
+        row = row[:first] + changed + row[stop:]
+    return row
+
+
+def test_a_finished_answer_is_polished_as_it_was_written(monkeypatch):
+    monkeypatch.setattr(polish, "MOST_ROUNDS", 5)
+    rows = [[1, 2, 2] + [None] * 90, [3, 7] + [None] * 60, [4, 5, 6] + [None] * 12, [8, 9]]
+    canvas, how = build_canvas(rows, 0), dict(initial_length=8, block_length=16, threshold=0.6, end_ids=[7])
+    grown = list(denoise(Doubts(alignment="in_place"), canvas, **how))[-1]
+    steps = list(denoise(Doubts(alignment="in_place"), canvas, revision="edits", revision_strength=0.5, **how))
+    before, after = canvas.rows(grown.tokens_BL), canvas.rows(steps[-1].tokens_BL)
+    assert before != after and grown.nfe < steps[-1].nfe <= grown.nfe + 5 and not bool(steps[-1].masked_BL.any())
+    for number, row in enumerate(rows):
+        behind = grown.given_back_BL[number, : len(row)].tolist()
+        length = max(i for i, given_back in enumerate(behind) if not given_back) + 1
+        if number == 0:
+            assert length < len(row)  # what the answer might have become is not read
+        first = row.index(None) if None in row else len(row)
+        assert after[number] == slow_edits(before[number][:length], first, 0.5, 5) + before[number][length:]
+
+
+@pytest.mark.parametrize("revision", ["gidd", "edits"])
+def test_polishing_a_growing_answer_in_a_batch_is_polishing_it_alone(revision, monkeypatch):
+    monkeypatch.setattr(polish, "MOST_ROUNDS", 5)
+    rows = [[1, 2] + [None] * 30, [3] + [None] * 40, [4, 5, 6] + [None] * 5]
+    how = dict(initial_length=8, block_length=8, threshold=0.5, temperature=0.7, seed=2, end_ids=[7], revision=revision, revision_strength=0.4, cfg_scale=0.5)
+    together = build_canvas(rows, 0, row_keys=[4, 5, 6])
+    filled = together.rows(generate(Doubts(), together, **how).tokens_BL)
+    for number, row in enumerate(rows):
+        alone = build_canvas([row], 0, row_keys=[4 + number])
+        assert alone.rows(generate(Doubts(), alone, **how).tokens_BL) == [filled[number]]
+
+
+@pytest.mark.parametrize("revision", ["remdm", "p2", "wino"])
+def test_a_revision_with_a_schedule_of_its_own_is_refused_where_an_answer_grows(revision):
+    with pytest.raises(ValueError, match="schedule of its own.*gidd or edits"):
+        denoise(denoiser_of("llama"), build_canvas([[1, None]], 0), initial_length=4, end_ids=[7], revision=revision)
+    with pytest.raises(ValueError, match="belongs to a revision"):
+        denoise(denoiser_of("llama"), build_canvas([[1, None]], 0), initial_length=4, end_ids=[7], revision_strength=0.5)
 
 
 @pytest.mark.parametrize(
@@ -142,73 +277,6 @@ def test_candidates_are_few_and_hold_both_ends():
     for low, high in ((0, 3), (5, 4)):
         with pytest.raises(ValueError, match="bounds"):
             candidates(low, high)
-
-
-# APD.
-
-
-class Causal(HashPredictor):
-    """An AR model: logits are a hash of what stands left of the position."""
-
-    def __init__(self, salt=3):
-        super().__init__()
-        self.salt = salt
-
-    def predict(self, tokens_BL, wanted_BL, positions_BL, segments_BL):
-        rows_N, columns_N = wanted_BL.nonzero(as_tuple=True)
-        logits = []
-        for row, column in zip(rows_N.tolist(), columns_N.tolist(), strict=True):
-            left = [int(t) for t, real in zip(tokens_BL[row, :column], _real(segments_BL, tokens_BL)[row, :column], strict=True) if real]
-            generator = torch.Generator().manual_seed(hash((self.salt, *left)) % (1 << 31))
-            logits.append(4 * torch.rand(self.rows_of_output, generator=generator))
-        return torch.stack(logits)
-
-
-def _real(segments_BL, tokens_BL):
-    return torch.ones_like(tokens_BL, dtype=torch.bool) if segments_BL is None else segments_BL == 0
-
-
-def slow_apd(row: list[int | None], lookahead: int, weight: float) -> list[int]:
-    state = [23 if t is None else t for t in row]
-    diffusion, small = HashPredictor(), Causal()
-    while 23 in state:
-        holes = [i for i, t in enumerate(state) if t == 23][:lookahead]
-
-        def log_p(model, tokens, place):
-            wanted = torch.tensor([[i == place for i in range(len(tokens))]])
-            logits = model.predict(torch.tensor([tokens]), wanted, torch.arange(len(tokens))[None], None)[0, :23]
-            return torch.log_softmax(logits, -1)
-
-        of_diffusion = [log_p(diffusion, state, i) for i in holes]
-        drafted = list(state)
-        for i, p in zip(holes, of_diffusion, strict=True):
-            drafted[i] = int(p.argmax())
-        for number, (i, p) in enumerate(zip(holes, of_diffusion, strict=True)):
-            target = weight * p + (1 - weight) * log_p(small, drafted, i)
-            if number and int(target.argmax()) != drafted[i]:
-                break
-            state[i] = drafted[i]
-    return state
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
-def test_apd_is_the_slow_one(weight):
-    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
-    canvas = build_canvas(rows, 0)
-    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4)
-    assert canvas.rows(done.tokens_BL) == [slow_apd(row, 4, weight) for row in rows]
-    if weight == 1.0:
-        assert done.nfe == 3
-
-
-def test_apd_above_temperature_0_in_a_batch_is_the_row_alone():
-    rows = [[3, 4] + [None] * 9, [2] + [None] * 4]
-    how = dict(helper=Causal(), draft_length=4, temperature=1.0, seed=1, end_ids=[7])
-    together = build_canvas(rows, 0, row_keys=[2, 3])
-    filled = together.rows(generate(HashPredictor(), together, **how).tokens_BL)
-    for number, row in enumerate(rows):
-        alone = build_canvas([row], 0, row_keys=[2 + number])
-        assert alone.rows(generate(HashPredictor(), alone, **how).tokens_BL) == [filled[number]]
 
 
 def test_a_gap_with_bounds_is_filled_with_as_many_tokens_as_fit():

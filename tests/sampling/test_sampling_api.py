@@ -136,7 +136,11 @@ def test_a_call_over_the_saved_defaults():
     assert with_defaults({"alg": "entropy", "steps": 4}, tuned) == {"alg": "entropy", "steps": 4, "block_length": 32}
     saved |= {"cache": "dual", "repetition_penalty": 1.2, "cfg_scale": 1.0}
     assert with_defaults({"revision": "p2"}, saved) == {"revision": "p2", "top_p": 0.9, "repetition_penalty": 1.2, "cfg_scale": 1.0}
-    assert with_defaults({"draft_length": 3}, saved) == {"draft_length": 3, "top_p": 0.9}
+    assert with_defaults({"draft_length": 3}, saved) == {"draft_length": 3, "top_p": 0.9, "repetition_penalty": 1.2}
+    assert with_defaults({"initial_length": 8}, saved) == {"initial_length": 8, "top_p": 0.9, "repetition_penalty": 1.2, "cfg_scale": 1.0}
+    assert with_defaults({"initial_length": 8, "revision": "gidd"}, saved).keys() == {"initial_length", "revision", "top_p", "repetition_penalty", "cfg_scale"}
+    assert with_defaults({"revision": "gidd"}, {"draft_length": 3, "top_p": 0.9}) == {"revision": "gidd", "top_p": 0.9}
+    assert with_defaults({"revision": "gidd"}, tuned) == {"revision": "gidd"} | tuned
     assert with_defaults({"block_length": None}, tuned) == {"threshold": 0.9, "alg": "confidence", "block_length": None}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from tiny_decoders import MASK, denoiser_of
+from tiny_decoders import MASK, denoiser_of, penalise
 from tiny_predictors import TableWindowPredictor, chi_square_limit, vectors
 
 from dlmconvert.sampling.canvas import build_canvas, canvas_after_prompts
@@ -16,13 +18,14 @@ NEW = 11
 
 
 @torch.no_grad()
-def autoregressive(denoiser, prompt: list[int], num_new: int) -> list[int]:
+def autoregressive(denoiser, prompt: list[int], num_new: int, penalty: float = 1.0) -> list[int]:
     """Greedy decoding by transformers alone: whole rows, causal, no cache."""
     state = list(prompt)
     for _ in range(num_new):
-        logits_V = denoiser.model(torch.tensor([state]), is_causal=True).logits[0, -1]
-        logits_V[MASK] = float("-inf")
-        state.append(int(logits_V.argmax()))
+        logits_1V = denoiser.model(torch.tensor([state]), is_causal=True).logits[0, -1:]
+        logits_1V[:, MASK] = float("-inf")
+        penalise(logits_1V, [len(state)], state, penalty)
+        state.append(int(logits_1V.argmax()))
     return state
 
 
@@ -44,6 +47,35 @@ def test_greedy_speculation_is_greedy_ar_decoding(pattern, family, alignment, dr
     assert left.rows(generate(denoiser, left, draft_length=draft_length).tokens_BL) == expected
 
 
+@pytest.mark.parametrize("pattern", ["context_causal", "causal_in_block"])
+@pytest.mark.parametrize("family, alignment", [("gpt2", "shift"), ("llama", "in_place"), ("qwen3", "shift")])
+def test_a_repetition_penalty_is_that_of_ar_decoding(pattern, family, alignment):
+    denoiser = denoiser_of(family, pattern, alignment, 4)
+    prompts = [[5, 6, 7, 5, 9, 10, 11], [12, 13, 14, 15], [16]]
+    canvas = build_canvas([p + [None] * 24 for p in prompts], 0)
+    differ = 0
+    for penalty in (1.3, 0.8):
+        expected = [autoregressive(denoiser, p, 24, penalty) for p in prompts]
+        differ += expected != [autoregressive(denoiser, p, 24) for p in prompts]
+        for p, row in zip(prompts, expected, strict=True):
+            own = denoiser.model.generate(
+                torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.int64), max_new_tokens=24, do_sample=False, repetition_penalty=penalty,
+                suppress_tokens=[MASK], pad_token_id=0,
+            )  # fmt: skip
+            assert own[0].tolist() == row
+        for draft_length in (1, 3, 20):
+            done = generate(denoiser, canvas, draft_length=draft_length, repetition_penalty=penalty)
+            assert canvas.rows(done.tokens_BL) == expected
+        alone = build_canvas([prompts[1] + [None] * 24], 0)
+        assert alone.rows(generate(denoiser, alone, draft_length=3, repetition_penalty=penalty).tokens_BL) == [expected[1]]
+    assert differ  # the penalty had something to do
+    longest = max(map(len, prompts))
+    inputs_BP = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    seen_BP = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    left = canvas_after_prompts(inputs_BP, seen_BP, 24)  # padding with a token of the vocabulary, which stands nowhere
+    assert left.rows(generate(denoiser, left, draft_length=3, repetition_penalty=1.3).tokens_BL) == [autoregressive(denoiser, p, 24, 1.3) for p in prompts]
+
+
 def test_a_drafter_that_is_right_settles_everything_it_drafts():
     # Every token is 1 with certainty, so the draft is the truth: one token first, then draft_length + 1 a forward.
     joint = torch.zeros(3, 3, 3, 3, 3, 3, dtype=torch.float64)
@@ -54,10 +86,11 @@ def test_a_drafter_that_is_right_settles_everything_it_drafts():
         assert [int(step.committed_BL.sum()) for step in steps] == expected and steps[-1].tokens_BL[0, 1:].tolist() == [1] * 6
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("alignment", ["shift", "in_place"])
-def test_a_row_of_a_batch_is_the_row_alone_above_temperature_0(alignment):
+def test_a_row_of_a_batch_is_the_row_alone_above_temperature_0(alignment, penalty):
     denoiser = denoiser_of("llama", "context_causal", alignment, 4)
-    how = dict(draft_length=4, temperature=0.3, top_k=20, seed=3)
+    how = dict(draft_length=4, temperature=0.3, top_k=20, seed=3, repetition_penalty=penalty)
     together = build_canvas([p + [None] * NEW for p in PROMPTS], 0, row_keys=[7, 8, 9])
     filled = together.rows(generate(denoiser, together, **how).tokens_BL)
     assert filled != together.rows(generate(denoiser, together, **how | {"seed": 4}).tokens_BL)
@@ -112,6 +145,26 @@ def test_speculation_samples_the_ar_distribution(alignment, draft_length):
             marginal = joint.sum(dim=[axis for axis in range(LENGTH) if axis != place])
             product = marginal.view([V if axis == place else 1 for axis in range(LENGTH)]) * (product if place else 1.0)
         assert _chi_square(steps[-1].tokens_BL, product / product.sum()) > 3 * chi_square_limit(V**LENGTH - 1)
+
+
+@pytest.mark.parametrize("alignment, draft_length", [("shift", 2), ("in_place", 3)])
+def test_a_penalty_is_that_of_ar_sampling(alignment, draft_length):
+    joint = (_joint() + 0.01) / (_joint() + 0.01).sum()
+    penalised, penalty = torch.zeros_like(joint), 2.5
+    for text in itertools.product(range(V), repeat=LENGTH):
+        probability = 1.0
+        for place, token in enumerate(text):
+            left = joint[text[:place]].flatten(1).sum(dim=1) if place + 1 < LENGTH else joint[text[:place]]
+            log_p_V = (left / left.sum()).log()
+            log_p_V[sorted({0, *text[:place]})] *= penalty  # they are negative; 0 is the token that stands in front
+            probability *= float(torch.softmax(log_p_V, -1)[token])
+        penalised[text] = probability
+    assert abs(float(penalised.sum()) - 1) < 1e-9
+    predictor = TableWindowPredictor(joint, "context_causal", 2, alignment)
+    canvas = build_canvas([[0] + [None] * LENGTH] * ROWS, 0)
+    tokens_BL = generate(predictor, canvas, draft_length=draft_length, temperature=1.0, seed=2, repetition_penalty=penalty).tokens_BL
+    assert _chi_square(tokens_BL, penalised) < chi_square_limit(V**LENGTH - 1)
+    assert _chi_square(tokens_BL, joint) > 3 * chi_square_limit(V**LENGTH - 1)
 
 
 def test_a_temperature_is_that_of_ar_sampling():
