@@ -31,7 +31,7 @@ import torch
 from ..diffusion.alignment import predicting_positions
 from ..diffusion.randomness import SAMPLE_TOKEN, counter_gumbel
 from .blocks import row_begins, row_lengths
-from .cache import Asked, WholeReader, forget_finished
+from .cache import Asked, forget_finished, open_whole_reader
 from .canvas import ROW, Canvas, Predictor, check_predictable
 from .draw import draw_tokens
 from .filters import ban, count_tokens, penalise, penalise_repetition
@@ -95,16 +95,16 @@ def _drafted_left(x_N: torch.Tensor, counts: Sequence[int], num_ids: int) -> tor
 
 def apd(
     predictor: Predictor, helper: Helper, canvas: Canvas, lookahead: int, weight: float, *, draw: dict, repetition_penalty: float = 1.0,
-    banned_ids: Sequence[int] = (), end_ids: Sequence[int] = (),
+    cfg_scale: float = 0.0, banned_ids: Sequence[int] = (), end_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """A Step for each diffusion forward (the helper's forwards are not counted). draw: arguments of draw_tokens."""  # fmt: skip
+    """A Step for each diffusion forward (the helper's forwards are not counted). draw: arguments of draw_tokens. cfg_scale: of the diffusion model's guidance."""  # fmt: skip
     masked_BL = canvas.masked_BL.clone()
     tokens_BL = canvas.tokens_BL.masked_fill(masked_BL, predictor.mask_token_id)
     keys_BL = canvas.row_keys_B[:, None].expand(masked_BL.shape)
     ends = on_device(list(end_ids), tokens_BL.device, torch.int64)
-    hot = draw["temperature"] > 0
+    hot, forwards_each = draw["temperature"] > 0, 2 if cfg_scale > 0 else 1
     whole = [(begin, begin + length) for begin, length in zip(row_begins(canvas), row_lengths(canvas), strict=True)]
-    reader, stored = WholeReader(predictor, canvas, whole), None
+    reader, stored = open_whole_reader(predictor, canvas, whole, cfg_scale), None
     if getattr(helper, "attention", None) == "causal" and hasattr(helper, "forward_columns"):
         stored = _StoredHelper(helper, canvas, [begin for begin, _ in whole])
     step = 0
@@ -153,5 +153,5 @@ def apd(
         if end_ids:
             tokens_BL, masked_BL = tokens_BL.masked_fill(given_back_BL, end_ids[0]), masked_BL & ~given_back_BL
         c_BL = torch.zeros(masked_BL.shape, device=tokens_BL.device).flatten().scatter(0, flat_N, confidence(log_p_NV, x_N)).view(masked_BL.shape)
-        yield Step(step, tokens_BL.clone(), masked_BL.clone(), settled_BL, c_BL.masked_fill(~settled_BL, 0.0), given_back_BL, step + 1)
+        yield Step(step, tokens_BL.clone(), masked_BL.clone(), settled_BL, c_BL.masked_fill(~settled_BL, 0.0), given_back_BL, (step + 1) * forwards_each)
         step += 1

@@ -168,8 +168,8 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
     A call that names a sampler (alg, or a budget) is not mixed with half of the saved one: the saved budget goes. With a budget that
     reads the predictions, or first_hitting, the saved steps go as well (such a sampler takes the steps that it needs), and with the
     former the saved alg. With a sampler of another kind (speculation, a helper, a growing answer, a revision that has its own steps)
-    all of the saved one goes (but for temperature, filters and penalty, and the guidance where it can act: in revisions and growing
-    answers), and a saved one of another kind goes when the call names any sampler.
+    all of the saved one goes (but for temperature, filters and penalty, and the guidance where it can act: not in self-speculation),
+    and a saved one of another kind goes when the call names any sampler.
     """
     saved = dict(saved)
     # A strength names no sampler by itself, and polishing follows any.
@@ -180,7 +180,7 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
             saved.pop(name, None)
     if given.get("revision") is not None:
         saved.pop("draft_length", None)  # what the AR path has verified is not revised
-    if own & {"draft_length", "helper"}:
+    if given.get("draft_length") is not None and given.get("helper") is None:
         saved.pop("cfg_scale", None)
     named = {name for name in ("alg", *_BUDGETS) if given.get(name) is not None}
     if named | (set(given) & {"cache", "steps"}):

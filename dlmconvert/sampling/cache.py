@@ -169,6 +169,13 @@ class WholeReader:
             return self.predictor.predict(tokens_BL, asked_BL, positions_BL, segments_BL)
 
 
+def open_whole_reader(predictor: Predictor, canvas: Canvas, whole: list[tuple[int, int]], cfg_scale: float) -> Reader:
+    """A WholeReader, under guidance when cfg_scale is above 0: then the given tokens are those that `canvas` does not mask."""
+    if cfg_scale > 0:
+        return GuidedReader(WholeReader(predictor, twice(canvas), whole * 2), canvas, predictor.mask_token_id, cfg_scale)
+    return WholeReader(predictor, canvas, whole)
+
+
 def open_reader(
     predictor: Predictor, canvas: Canvas, layout: Layout, *, cache: str, block_length: int | None, cfg_scale: float
 ) -> Reader:

@@ -130,12 +130,13 @@ def denoise(
         "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
     if helper is not None:
-        _refuse_beside("the AR helper", asked, "draft_length", "repetition_penalty")
+        _refuse_beside("the AR helper", asked, "draft_length", "repetition_penalty", "cfg_scale")
         lookahead = 16 if draft_length is None else draft_length
         _refuse_block_model(predictor, "an AR helper")
         check_predictable(canvas, predictor.alignment)
         check_apd(canvas, lookahead, helper_weight)
-        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, repetition_penalty=repetition_penalty, banned_ids=banned_ids, end_ids=end_ids)
+        more = {"repetition_penalty": repetition_penalty, "cfg_scale": cfg_scale}
+        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids, **more)
     if draft_length is not None:
         _refuse_beside("draft_length (self-speculation)", asked, "draft_length", "repetition_penalty")
         check_speculation(predictor, canvas, draft_length)
@@ -211,8 +212,11 @@ def denoise(
 
 def _refuse_beside(what: str, asked: dict[str, object], *allowed: str) -> None:
     named = [name for name, value in asked.items() if value is not None and name not in allowed]
-    if named:
-        raise ValueError(f"{what} decides by itself what {named[0]} would: leave one of the two out")
+    if not named:
+        return
+    if named[0] in ("cfg_scale", "a tokens hook", "a logits hook"):
+        raise ValueError(f"{what} does not go with {named[0]}: leave one of the two out")
+    raise ValueError(f"{what} decides by itself what {named[0]} would: leave one of the two out")
 
 
 def _refuse_block_model(predictor: Predictor, what: str) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .blocks import masked_places, row_begins, row_lengths
-from .cache import Asked, GuidedReader, WholeReader, twice
+from .cache import Asked, open_whole_reader
 from .canvas import PADDING, ROW, Canvas, Predictor, build_canvas
 from .draw import draw_tokens
 from .filters import ban, penalise_repetition
@@ -120,11 +120,8 @@ def daedal(
         counts, width = [len(answer.tokens) for answer in live], wanted_BL.shape[1]
         flat_N = on_device([place * width + len(answer.prompt) + i for place, answer in enumerate(live) for i in range(counts[place])], tokens_BL.device)
         whole = [(0, len(answer.prompt) + len(answer.tokens)) for answer in live]
-        if cfg_scale > 0:
-            around = replace(grown, masked_BL=wanted_BL)  # what has settled of an answer is no prompt
-            reader = GuidedReader(WholeReader(predictor, twice(around), whole * 2), around, predictor.mask_token_id, cfg_scale)
-        else:
-            reader = WholeReader(predictor, grown, whole)
+        # What has settled of an answer is no prompt.
+        reader = open_whole_reader(predictor, replace(grown, masked_BL=wanted_BL), whole, cfg_scale)
         logits_NV = reader.read(tokens_BL, Asked(wanted_BL, flat_N, counts, [0] * len(live), [True] * len(live)))
         logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, banned_ids)
         ends = on_device(list(end_ids), tokens_BL.device)

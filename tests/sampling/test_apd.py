@@ -32,20 +32,22 @@ def _real(segments_BL, tokens_BL):
     return torch.ones_like(tokens_BL, dtype=torch.bool) if segments_BL is None else segments_BL == 0
 
 
-def slow_apd(row: list[int | None], lookahead: int, weight: float, penalty: float = 1.0) -> list[int]:
+def slow_apd(row: list[int | None], lookahead: int, weight: float, penalty: float = 1.0, scale: float = 0.0) -> list[int]:
     state = [23 if t is None else t for t in row]
     diffusion, small = HashPredictor(), Causal()
     while 23 in state:
         holes = [i for i, t in enumerate(state) if t == 23][:lookahead]
 
-        def log_p(model, tokens, place, read):
+        def log_p(model, tokens, place, read, scale=0.0):
             wanted = torch.tensor([[i == place for i in range(len(tokens))]])
-            logits = model.predict(torch.tensor([tokens]), wanted, torch.arange(len(tokens))[None], None)[0, :23]
+            hidden = [23 if given is not None else t for given, t in zip(row, tokens, strict=True)]
+            logits, un = (model.predict(torch.tensor([x]), wanted, torch.arange(len(tokens))[None], None)[0, :23] for x in (tokens, hidden))
+            logits = un + (scale + 1) * (logits - un) if scale else logits
             for token in set(read) - {23}:
                 logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
             return torch.log_softmax(logits, -1)
 
-        of_diffusion = [log_p(diffusion, state, i, state) for i in holes]
+        of_diffusion = [log_p(diffusion, state, i, state, scale) for i in holes]
         drafted = list(state)
         for i, p in zip(holes, of_diffusion, strict=True):
             drafted[i] = int(p.argmax())
@@ -57,17 +59,17 @@ def slow_apd(row: list[int | None], lookahead: int, weight: float, penalty: floa
     return state
 
 
-@pytest.mark.parametrize("penalty", [1.0, 2.0])
+@pytest.mark.parametrize("penalty, scale", [(1.0, 0.0), (2.0, 0.0), (1.0, 0.8), (1.5, 1.5)])
 @pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
-def test_apd_is_the_slow_one(weight, penalty):
+def test_apd_is_the_slow_one(weight, penalty, scale):
     rows = [[3, 4, 4] + [None] * 14, [2] + [None] * 4, [5, 6]]
     canvas = build_canvas(rows, 0)
-    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4, repetition_penalty=penalty)
-    expected = [slow_apd(row, 4, weight, penalty) for row in rows]
+    done = generate(HashPredictor(), canvas, helper=Causal(), helper_weight=weight, draft_length=4, repetition_penalty=penalty, cfg_scale=scale)
+    expected = [slow_apd(row, 4, weight, penalty, scale) for row in rows]
     assert canvas.rows(done.tokens_BL) == expected
-    assert penalty == 1 or expected != [slow_apd(row, 4, weight) for row in rows]
+    assert penalty == 1 or scale or expected != [slow_apd(row, 4, weight) for row in rows]
     if weight == 1.0:
-        assert done.nfe == 4
+        assert done.nfe == (8 if scale else 4)
 
 
 def test_apd_above_temperature_0_in_a_batch_is_the_row_alone():

@@ -65,7 +65,7 @@ def drawn_from_the_left(seed: int):
     how |= r.choice([{}, {"repetition_penalty": 1.3}])
     if r.random() < 0.4:
         helper = _model((r.choice(["gpt2", "mistral"]), "causal", "shift", None))
-        return model, rows, how | {"helper": helper, "helper_weight": r.choice([0.3, 0.9])} | r.choice([{}, {"draft_length": 3}]) | r.choice([{}, {"end_ids": ENDS}])
+        return model, rows, how | {"helper": helper, "helper_weight": r.choice([0.3, 0.9])} | r.choice([{}, {"draft_length": 3}]) | r.choice([{}, {"end_ids": ENDS}]) | r.choice([{}, {"cfg_scale": 0.7}])
     how |= {"initial_length": r.choice([1, 4]), "end_ids": r.choice([ENDS, [7]]), "threshold": r.choice([0.05, 0.9]), "block_length": r.choice([2, 32])}
     return model, rows, how | r.choice([{}, {"cfg_scale": 0.7}]) | r.choice([{}, {"revision": "gidd"}, {"revision": "edits", "revision_strength": 0.005}])
 
