@@ -96,7 +96,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return saved_options(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read", str(error), "repair it, or remove it to use the built-in defaults") from error
 
 

@@ -8,8 +8,9 @@ Shapes: B rows, P tokens of the prompts, L = P + max_new_tokens.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ ALGORITHMS = {
 }
 _BUDGETS = ("budget", *READING)
 _OTHER_KINDS = ("draft_length", "helper", "revision", "revision_strength", "initial_length")
+_WHOLE_NUMBERS = ("max_new_tokens", "steps", "top_k", "block_length", "draft_length", "initial_length", "seed")
+_NUMBERS = (
+    "temperature", "top_p", "repetition_penalty", "cfg_scale", "alg_temp", "threshold", "factor", "entropy_bound", "eps", "helper_weight",
+    "revision_strength",
+)  # fmt: skip
 _CALL_OPTIONS = ("max_new_tokens", "output_history", "return_dict_in_generate")
 _OWN_OPTIONS = {
     "diffusion_generate": (
@@ -55,7 +61,7 @@ class Options:
 
     steps: forwards at most; None gives each row as many as it has positions to fill. Those that a generation_config.json holds beside
         max_new_tokens are a share: a row with other positions to fill takes as many in proportion (blocks.py, SavedSteps).
-    temperature: 0 takes the most probable token. top_p, top_k: of the drawn tokens; None, or 0 for top_k, keeps all.
+    temperature: 0, the default, takes the most probable token. top_p, top_k: of the drawn tokens; None, or 0 for top_k, keeps all.
     repetition_penalty: above 1, tokens that stand in the row already become less probable.
     cfg_scale: above 0, classifier-free guidance: away from what the model says without the given tokens; two forwards a step.
     alg: which positions come first, one of ALGORITHMS. None: `origin` (DiffuLLaMA's Algorithm 2), but `confidence` beside threshold
@@ -71,12 +77,12 @@ class Options:
         the AR text. helper, helper_weight: APD, a small AR model (its `predict` is causal) beside a bidirectional one.
     revision, revision_strength: settled tokens may change again: `remdm`, `p2`, `wino`, `gidd`, `edits` (revise.py).
     initial_length: DAEDAL: begin with so many masks and let the answer grow to at most max_new_tokens.
-    seed: the same seed gives the same tokens; rows of one batch draw differently (row_keys, default 0 .. B-1).
+    seed: the same seed (default 0) gives the same tokens; rows of one batch draw differently (row_keys, default 0 .. B-1).
     eos_token_id, pad_token_id: see the two functions.
     """
 
     steps: int | None = None
-    temperature: float = 0.0
+    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
@@ -98,10 +104,13 @@ class Options:
     initial_length: int | None = None
     generation_tokens_hook_func: Hook | None = None
     generation_logits_hook_func: Hook | None = None
-    seed: int = 0
+    seed: int | None = None
     row_keys: Sequence[int] | None = None
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
+
+    def __post_init__(self):
+        check_numbers(vars(self))
 
     @property
     def ends(self) -> list[int]:
@@ -129,12 +138,12 @@ class Options:
         return {
             "num_steps": self.steps,
             "order": ALGORITHMS[alg],
-            "temperature": self.temperature,
+            "temperature": 0.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k or None,  # 0 means no filter in transformers
             "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
             "cfg_scale": self.cfg_scale or 0.0,
-            "seed": self.seed,
+            "seed": self.seed or 0,
             "budget": self.budget,
             "threshold": self.threshold,
             "factor": self.factor,
@@ -160,6 +169,15 @@ SAVED_OPTIONS = (
     "max_new_tokens", "steps", "temperature", "top_p", "top_k", "repetition_penalty", "cfg_scale", "alg", "alg_temp", *_BUDGETS, "eps",
     "block_length", "cache", "draft_length", "revision", "revision_strength", "initial_length", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that are words where a number belongs, and for half a step."""
+    for names, kind, what in ((_WHOLE_NUMBERS, Integral, "a whole number"), (_NUMBERS, Real, "a number")):
+        for name in names:
+            value = options.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ValueError(f"{name} is {value!r}; it must be {what}")
 
 
 def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +216,10 @@ def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
 def saved_options(values: Any) -> dict[str, Any]:
     """The options that a generation_config.json sets: `values` is its content, or the GenerationConfig that was made of it.
 
-    Its steps were chosen for its max_new_tokens, so for another length they are scaled (SavedSteps)."""
+    Its steps were chosen for its max_new_tokens, so for another length they are scaled (SavedSteps). Raises ValueError for what is no
+    number."""
     options = {} if values is None else options_of(values, SAVED_OPTIONS)
+    check_numbers(options)
     if "steps" in options and options.get("max_new_tokens"):
         options["steps"] = SavedSteps(options["steps"], options["max_new_tokens"])
     return options
@@ -255,6 +275,7 @@ def diffusion_generate(
     """
     if generation_config is not None:
         options = configured("diffusion_generate", options, generation_config)
+    check_numbers(options)
     max_new_tokens, output_history, return_dict = (options.pop(name, None) for name in _CALL_OPTIONS)
     how = _options("diffusion_generate", options)
     if max_new_tokens is None or max_new_tokens < 1:

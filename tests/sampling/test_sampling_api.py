@@ -103,6 +103,21 @@ def test_unknown_options_are_refused_with_the_nearest_name(option, hint):
         diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 2, **option})
 
 
+def test_none_is_the_default_and_no_number_is_refused():
+    def made(**options):
+        return diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 4, **options}).tolist()
+
+    assert made(temperature=None, seed=None, steps=None, top_p=None) == made()
+    for name, value in [("steps", "4"), ("steps", 2.5), ("temperature", "hot"), ("seed", 1.5), ("block_length", 2.0), ("max_new_tokens", "4"), ("threshold", [0.9])]:
+        with pytest.raises(ValueError, match=f"{name} is .*number"):
+            made(**{name: value})
+    with pytest.raises(ValueError, match="steps is '16'"):
+        saved_options({"steps": "16", "max_new_tokens": 32})
+    for inputs, words in [([[1]], "a tensor"), (torch.zeros(0, 3, dtype=torch.int64), "one row")]:
+        with pytest.raises(ValueError, match=words):
+            diffusion_generate(HashPredictor(), inputs, max_new_tokens=2)
+
+
 def test_a_budget_without_an_alg_brings_its_order():
     def run(**options):
         return diffusion_generate(HashPredictor(), *LEFT, max_new_tokens=8, **options).tolist()
