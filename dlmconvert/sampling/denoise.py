@@ -187,7 +187,7 @@ def denoise(
     # A finished text of a bidirectional model is read whole, whatever cache filled it.
     in_blocks = is_block_model(predictor)
     reader = open_reader(predictor, canvas, layout, cache=cache if in_blocks else "none", block_length=block_length, cfg_scale=cfg_scale)
-    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each)
+    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each, logits_hook=logits_hook)
     if in_blocks:
         return polished_in_blocks(reviser, settings, revision, strength)
     return polished(steps_of(predictor, canvas, layout, settings), reviser, revision, strength, end_ids)

@@ -39,7 +39,7 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
     for round_number in range(num_rounds):
         # Draws are keyed by the round: when the canvas was finished depends on the other rows.
         counts = [count if active else 0 for count, active in zip(num_open, is_active, strict=True)]
-        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, counts=counts, **own)
+        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, counts=counts, index=first_step + round_number, **own)
         if answer is None:
             return
         log_p_NV, x_hat_N, flat_N = answer

@@ -52,6 +52,26 @@ def test_a_row_of_a_batch_is_the_row_alone_and_given_tokens_stay(settings, tempe
         assert alone.rows(generate(hash_predictor("gidd"), alone, **how).tokens_BL)[0] == filled[number]
 
 
+@pytest.mark.parametrize("revision, strength", [("gidd", 1.0), ("edits", 0.01)])
+@pytest.mark.parametrize("pattern, block_length", [("bidirectional", None), ("block_causal", 3)])
+def test_polishing_asks_the_logits_hook_as_well(revision, strength, pattern, block_length):
+    from dataclasses import replace
+
+    model, asked = denoiser_of("gpt2", pattern, "in_place", block_length), []
+    model.spec = replace(model.spec, corruption="gidd")
+
+    def hook(step, x_BL, logits_BLV):
+        asked.append((step, bool((x_BL == MASK).any())))
+        logits_BLV[..., :150] = float("-inf")
+        return logits_BLV
+
+    how = dict(order="confidence", revision=revision, revision_strength=strength, logits_hook=hook)
+    steps = list(denoise(model, build_canvas([[5, 6] + [None] * 7], 0), **how))
+    assert all(bool((step.tokens_BL[:, 2:] >= 150).all()) for step in steps)
+    assert any(not has_masks for _, has_masks in asked), "in rounds of polishing"
+    assert {step.index for step in steps} <= {step for step, _ in asked}
+
+
 def test_tokens_do_change_again():
     for settings in (dict(revision="remdm", num_steps=9, revision_strength=0.5), dict(revision="p2", num_steps=9), dict(revision="edits", revision_strength=0.2)):
         seen, changed = {}, 0
