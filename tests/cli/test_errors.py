@@ -107,6 +107,25 @@ def test_unexpected_errors_end_in_one_message(place, tiny_checkpoints, monkeypat
     works("adapt", tiny_checkpoints["gpt2"], *SMALL, "train.micro_batch=1")  # what was advised is not refused as drift
 
 
+def test_streams_that_are_closed_or_speak_another_encoding(monkeypatch):
+    import io
+    import sys
+
+    from dlmconvert.cli.app import usable_streams
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    usable_streams()
+    sys.stderr.write("nowhere")
+    sys.stdout.write("caf\u00e9")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"caf?" and sys.stdin.read() == ""
+    sys.stdin.close()
+    sys.stderr.close()
+
+
 def test_handlers_of_signals_are_put_back(place, tiny_checkpoints):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     works("adapt", tiny_checkpoints["gpt2"], *SMALL)
