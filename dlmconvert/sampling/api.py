@@ -316,6 +316,8 @@ def infill(
         options.pop("max_new_tokens", None)
     output_history, return_dict = (options.pop(name, None) for name in _CALL_OPTIONS[1:])
     how = _options("infill", options)
+    if torch.is_tensor(rows) or not all(isinstance(row, Sequence) for row in rows):
+        raise ValueError("rows must be lists of tokens with None where one is to be filled, such as [[5, None, 7]]")
     device = device or getattr(predictor, "device", "cpu")
     canvas = build_canvas(with_lengths(predictor, rows, how.ends, device), how.pad_token_id or 0, device, how.row_keys)
     steps = denoise(predictor, canvas, banned_ids=how.ends, **how.of_the_loop())

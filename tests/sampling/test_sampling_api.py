@@ -116,6 +116,9 @@ def test_none_is_the_default_and_no_number_is_refused():
     for inputs, words in [([[1]], "a tensor"), (torch.zeros(0, 3, dtype=torch.int64), "one row")]:
         with pytest.raises(ValueError, match=words):
             diffusion_generate(HashPredictor(), inputs, max_new_tokens=2)
+    for rows in ([1, None], torch.tensor([[1, 2]])):
+        with pytest.raises(ValueError, match="lists of tokens"):
+            infill(HashPredictor(), rows)
 
 
 def test_a_budget_without_an_alg_brings_its_order():
