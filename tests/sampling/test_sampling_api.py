@@ -7,6 +7,8 @@ import torch
 from tiny_predictors import HashPredictor
 
 from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill, saved_options, with_defaults
+from dlmconvert.sampling.canvas import build_canvas
+from dlmconvert.sampling.denoise import denoise
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 LEFT = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
@@ -73,6 +75,16 @@ def test_a_hook_may_mask_again():
         HashPredictor(), torch.tensor([[1]]), max_new_tokens=5, steps=3, alg="entropy", generation_tokens_hook_func=hook
     )
     assert 23 not in result[0].tolist()
+
+
+def test_what_a_hook_masks_again_has_no_confidence():
+    def hook(step, x_BL, logits_BLV):
+        if step == 1:
+            x_BL[:, 3] = 23
+        return x_BL
+
+    for step in denoise(HashPredictor(), build_canvas([[5, 6] + [None] * 6], 0), tokens_hook=hook, order="left_to_right"):
+        assert bool(((step.confidence_BL > 0) == step.committed_BL).all())
 
 
 def test_history_and_dict():
