@@ -15,7 +15,7 @@ Shapes: B rows, L positions of the canvas, N positions that are wanted (row-majo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,7 @@ from .filters import check_filters
 from .length import check_growth, daedal
 from .loop import Settings, steps_of
 from .order import ORDERS
-from .polish import polished, polished_in_blocks
+from .polish import RememberingHook, polished, polished_in_blocks
 from .predictions import Hook
 from .revise import POLISHING, Reviser, check_revision, p2, remdm, wino
 from .shadow import open_shadow
@@ -190,7 +190,9 @@ def denoise(
     reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each, logits_hook=logits_hook)
     if in_blocks:
         return polished_in_blocks(reviser, settings, revision, strength)
-    return polished(steps_of(predictor, canvas, layout, settings), reviser, revision, strength, end_ids)
+    hook = None if tokens_hook is None else RememberingHook(tokens_hook, canvas, predictor.mask_token_id)
+    steps = steps_of(predictor, canvas, layout, replace(settings, tokens_hook=hook))
+    return polished(steps, reviser, revision, strength, end_ids, hook)
 
 
 def _refuse_beside(what: str, asked: dict[str, object], *allowed: str) -> None:

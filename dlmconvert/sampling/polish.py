@@ -16,8 +16,10 @@ from dataclasses import replace
 import torch
 
 from .cache import Asked, Reader
+from .canvas import Canvas
 from .loop import Settings, after_end, steps_of
 from .order import best, confidence
+from .predictions import Hook
 from .revise import Reviser
 from .step import Step
 from .transfer import on_device
@@ -62,7 +64,21 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
         yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
 
 
-def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int]) -> Iterator[Step]:
+class RememberingHook:
+    """A tokens hook, and which positions hold what it gave: those are not polished."""
+
+    def __init__(self, hook: Hook, canvas: Canvas, mask_token_id: int):
+        self.hook, self.mask_token_id, self.given_BL = hook, mask_token_id, torch.zeros_like(canvas.masked_BL)
+
+    def __call__(self, step: int | None, x_BL: torch.Tensor, logits_BLV: torch.Tensor | None) -> torch.Tensor:
+        changed_BL = self.hook(step, x_BL.clone(), logits_BLV)
+        self.given_BL = torch.where(changed_BL == x_BL, self.given_BL, changed_BL != self.mask_token_id)
+        return changed_BL
+
+
+def polished(
+    steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int], hook: RememberingHook | None = None
+) -> Iterator[Step]:
     """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it."""
     last = None
     for last in steps:
@@ -71,6 +87,8 @@ def polished(steps: Iterator[Step], reviser: Reviser, revision: str, strength: f
         return
     reviser.tokens_BL, reviser.masked_BL, reviser.nfe = last.tokens_BL, last.masked_BL, last.nfe
     reviser.open_BL = _before_end(last.tokens_BL, reviser.open_BL, end_ids)
+    if hook is not None:
+        reviser.open_BL = reviser.open_BL & ~hook.given_BL
     reviser.banned_ids = (*reviser.banned_ids, *end_ids)  # no new end in the middle
     yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)
 

@@ -72,6 +72,21 @@ def test_polishing_asks_the_logits_hook_as_well(revision, strength, pattern, blo
     assert {step.index for step in steps} <= {step for step, _ in asked}
 
 
+@pytest.mark.parametrize("revision, strength", [("gidd", 1.0), ("edits", 0.01)])
+def test_what_a_tokens_hook_gives_is_not_polished(revision, strength):
+    def hook(step, x_BL, logits_BLV):
+        if step is None:
+            x_BL[:, 4] = 9
+        if step == 3:
+            x_BL[:, 2:4] = 7
+        return x_BL
+
+    how = dict(order="left_to_right", revision=revision, revision_strength=strength, tokens_hook=hook)
+    steps = list(denoise(hash_predictor("gidd"), build_canvas([[5, 6] + [None] * 9], 0), **how))
+    assert all(step.tokens_BL[0, 4] == 9 for step in steps)
+    assert all(step.tokens_BL[0, 2:4].tolist() == [7, 7] for step in steps[3:]) and len(steps) > 8
+
+
 def test_tokens_do_change_again():
     for settings in (dict(revision="remdm", num_steps=9, revision_strength=0.5), dict(revision="p2", num_steps=9), dict(revision="edits", revision_strength=0.2)):
         seen, changed = {}, 0
