@@ -256,11 +256,14 @@ def source_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's GPU, else the CPU. Raises UserError when a named device is not there."""
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Raises UserError when a named device is not there, or is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but torch sees no CUDA device", "", "dlmconvert doctor says what this machine has; engine.device=cpu runs anywhere")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("engine.device=mps, but torch sees no Apple GPU", "", "engine.device=cpu runs anywhere")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{name!r} is no device", "", "auto, cpu, cuda, cuda:1 (the second GPU) or mps") from error

@@ -66,6 +66,7 @@ app.command()(methods)
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     spin_briefly()
+    usable_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -73,6 +74,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def usable_streams() -> None:
+    """Standard streams that take any text, and are there: a caller may have closed them, or speak an encoding without the model's words."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dlmconvert.cli.generate import Compile, Device, Model
-from dlmconvert.cli.prompts import refuse_existing
+from dlmconvert.cli.prompts import refuse_existing, refuse_same
 from dlmconvert.errors import UserError
 
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line or .jsonl (default: beginnings of the run's held-out rows).")]
@@ -48,6 +48,7 @@ def bench(
     plot = None if to is None else to.with_suffix(".png")
     refuse_existing(to, "--to")
     refuse_existing(plot, "--to")
+    refuse_same(to, "--to", plot, "the plot beside it")
     location = find_model(model)
     console.print(f"model {location.note}", markup=False, highlight=False, soft_wrap=True)
     denoiser, ar = load_models(location, source, device, compile)
@@ -105,7 +106,7 @@ def saved_sampler(folder: Path, new_tokens: int) -> list[Any]:
     """The setting that the folder's generation_config.json names for so many tokens, when it names one."""
     from dlmconvert.cli.decoding import saved_settings
     from dlmconvert.evaluation.benchmark import Sampler
-    from dlmconvert.sampling.api import OPTIONS, with_defaults
+    from dlmconvert.sampling.options import OPTIONS, with_defaults
 
     saved = with_defaults({"max_new_tokens": new_tokens}, saved_settings(folder))
     settings = {name: value for name, value in saved.items() if name in OPTIONS and not name.endswith("token_id")}

@@ -49,6 +49,8 @@ def chat(
         _say("the tokenizer has no chat template: `User: ...`, `Assistant:` on lines of their own")
     _say(f"{conversation.lengths()}; /help lists the commands")
     at_terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not end the conversation
     live = console.is_terminal and sys.stdout.isatty()
     view = View(decoder.tokenizer, decoder.ends, live, plain=not live)
     while (line := _read_line(at_terminal)) is not None:
@@ -219,7 +221,7 @@ def _command(line: str, conversation: Conversation) -> bool:
 
 
 def _set(conversation: Conversation, setting: str) -> None:
-    from dlmconvert.sampling.api import with_defaults
+    from dlmconvert.sampling.options import with_defaults
 
     name, value = parse_setting(setting)
     if name == "seed":

@@ -64,7 +64,7 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str, compile:
     from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
     from dlmconvert.cli.console import console
     from dlmconvert.runs.folder import find_model
-    from dlmconvert.sampling.api import with_defaults
+    from dlmconvert.sampling.options import with_defaults
     from dlmconvert.sampling.text import end_ids
 
     location = find_model(model)
@@ -89,14 +89,14 @@ def _defaults_of(denoiser: Any) -> dict[str, Any]:
 
 def saved_settings(folder: Path) -> dict[str, Any]:
     """What the folder's generation_config.json sets of the sampler."""
-    from dlmconvert.sampling.api import saved_options
+    from dlmconvert.sampling.options import saved_options
 
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
     try:
         return saved_options(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read", str(error), "repair it, or remove it to use the built-in defaults") from error
 
 
@@ -121,9 +121,10 @@ class Row:
 
 def denoising(verb: str, decoder: Decoder, batch: list[Row], seed: int):
     """(canvas, steps, whether settled tokens may still change). Raises UserError for settings that contradict each other."""
-    from dlmconvert.sampling.api import OPTIONS, Options, with_lengths
+    from dlmconvert.sampling.api import with_lengths
     from dlmconvert.sampling.canvas import build_canvas
     from dlmconvert.sampling.denoise import denoise
+    from dlmconvert.sampling.options import OPTIONS, Options
 
     try:
         own = {"seed": seed, "helper": decoder.helper}

@@ -149,7 +149,10 @@ def read_samplers(text: str, temperature: float) -> list[Sampler]:
 
 
 def _entries_of_file(path: Path) -> list[list[str]]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--samplers {path} cannot be read", str(error)) from error
     if path.suffix in (".yaml", ".yml", ".json"):
         import yaml
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlmconvert.cli.decoding import STOPPED, Decoder, Row, View, denoising, in_colour, load_decoder
-from dlmconvert.cli.prompts import ResultsFile, read_prompts, refuse_existing
+from dlmconvert.cli.prompts import ResultsFile, checked_text, read_prompts, refuse_existing, refuse_same
 from dlmconvert.cli.sampler import with_sampler
 from dlmconvert.errors import Interrupted, UserError
 
@@ -87,6 +87,8 @@ def _generate(verb, model, texts, asked, seed, num_samples, trace, trace_html, o
     """Load, sample batch by batch, show."""
     refuse_existing(trace_html, "--trace-html")
     results = ResultsFile(out_file)
+    refuse_same(out_file, "--out", trace_html, "--trace-html")
+    texts = [checked_text(text, "the prompt") for text in texts]
     parts = [_parts(verb, text) for text in texts]
 
     from dlmconvert.cli.console import console
@@ -157,23 +159,27 @@ def _parts(verb: str, text: str) -> list[str | int | tuple[int, int]]:
 def _encode(verb: str, text: str, parts: list[str | int | tuple[int, int]], decoder: Decoder) -> tuple[list[int | None], int]:
     """(row of tokens with None where it is to be filled, start tokens in front). Raises UserError when the model is too short.
 
-    A gap of bounds gets the length that fits best.
+    A gap of bounds gets the length that fits best; the model must have room for the longest that it tries.
     """
     from dlmconvert.sampling.api import with_lengths
     from dlmconvert.sampling.text import encode_row
 
+    parts = parts if verb == "infill" else [*parts, decoder.settings["max_new_tokens"]]
+    most = [part[1] if isinstance(part, tuple) else part for part in parts if not isinstance(part, str)]
     try:
-        row, num_start = encode_row(decoder.tokenizer, parts if verb == "infill" else [*parts, decoder.settings["max_new_tokens"]])
+        # Before anything of the whole length is made, or filled to compare it.
+        short, _ = encode_row(decoder.tokenizer, [part if isinstance(part, str) else 1 for part in parts])
+        length = len(short) + sum(most) - len(most)
+        if decoder.longest is not None and length > decoder.longest:
+            raise UserError(
+                f"the canvas has {length} tokens, the model was made for {decoder.longest}",
+                f"text: {text[:60]!r}",
+                "shorten the text or the gaps" if verb == "infill" else "shorten the prompt, or lower --max-new-tokens",
+            )
+        row, num_start = encode_row(decoder.tokenizer, parts)
         (tokens,) = with_lengths(decoder.denoiser, [row], sorted(decoder.ends), decoder.denoiser.device)
     except ValueError as error:
         raise UserError(str(error)) from error
-    length = sum(token[1] if isinstance(token, tuple) else 1 for token in tokens)
-    if decoder.longest is not None and length > decoder.longest:
-        raise UserError(
-            f"the canvas has {length} tokens, the model was made for {decoder.longest}",
-            f"text: {text[:60]!r}",
-            "shorten the text or the gaps" if verb == "infill" else "shorten the prompt, or lower --max-new-tokens",
-        )
     return tokens, num_start
 
 

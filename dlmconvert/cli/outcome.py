@@ -39,7 +39,7 @@ def outcome_of(call) -> Outcome:
         _show_traceback()
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             return Outcome(EXIT_FAILED, f"the disk is full: {error}", "finished stages and checkpoints stand", "free some space and run the same command again")
-        if "out of memory" in str(error).lower():
+        if any(words in str(error).lower() for words in ("out of memory", "allocate memory")):  # of GPUs and of torch's allocator on CPUs
             return Outcome(EXIT_FAILED, "out of memory", str(error).splitlines()[0], _LOWER)
         from dlmconvert.training.ranks import lost_peer
 

@@ -14,16 +14,27 @@ def read_prompts(path: Path | None, option: str = "--prompts", fields: tuple[str
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A line ends where a file's lines end: JSON strings and prompts may hold U+2028 and form feeds.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path} cannot be read", str(error)) from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prompts.append(_field(line, f"{path}:{number}", fields) if path.suffix == ".jsonl" else line)
+            where = f"{path}:{number}"
+            prompts.append(checked_text(_field(line, where, fields) if path.suffix == ".jsonl" else line, where))
     if not prompts:
         raise UserError(f"{option} {path} holds no prompt" if fields[0] == "prompt" else f"{option} {path} is empty")
     return prompts
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text. Raises UserError for half a character (bytes of a command line that are no UTF-8, \\ud83d in JSON): no tokenizer reads it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is no text: character {error.start + 1} is half of one", ascii(text[:60]), "write it as UTF-8") from error
+    return text
 
 
 def _field(line: str, where: str, fields: tuple[str, ...]) -> str:
@@ -46,6 +57,12 @@ def refuse_existing(path: Path | None, option: str) -> None:
         raise UserError(f"{path} exists already", "nothing is overwritten", f"name another file for {option}, or remove this one")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}", "", f"mkdir -p {path.parent}")
+
+
+def refuse_same(first: Path | None, option: str, second: Path | None, other_option: str) -> None:
+    """Raises UserError when two results would be written to one file."""
+    if first is not None and second is not None and first.absolute().resolve() == second.absolute().resolve():
+        raise UserError(f"{option} and {other_option} name one file, {first}", "nothing is overwritten", "name two")
 
 
 class ResultsFile:

@@ -91,6 +91,8 @@ def parse_setting(text: str, *, may_name_helper: bool = False) -> tuple[str, Any
     except ValueError as error:
         raise UserError(f"{name}={value}: not {'a whole number' if kind is int else 'a number'}") from error
     least = next((getattr(part, "min", None) for part in known[name].__metadata__ if part is not None), 1 if name == "max_new_tokens" else None)
+    if typed != typed:
+        raise UserError(f"{name}={value}: not a number")
     if least is not None and typed < least:
         raise UserError(f"{name}={value} is below {least:g}")
     ((spelled, typed),) = asked_options({name: typed}).items()

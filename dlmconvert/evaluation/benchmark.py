@@ -20,9 +20,9 @@ import torch
 from dlmconvert.backbone.denoiser import Denoiser
 from dlmconvert.errors import Interrupted
 from dlmconvert.evaluation.quality import accuracy, distinct, source_nats
-from dlmconvert.sampling.api import OPTIONS, Options
 from dlmconvert.sampling.canvas import build_canvas, cut_at
 from dlmconvert.sampling.denoise import denoise
+from dlmconvert.sampling.options import OPTIONS, Options
 
 AR = "AR source, KV cache"
 SOURCE_AS_HELPER = "source"  # the AR source beside the model that was made of it (APD)

@@ -24,8 +24,8 @@ from dlmconvert.exporting.profiles import PROFILES, Profile, find_profile
 from dlmconvert.exporting.profiles.profile import SourceFamily, source_family
 from dlmconvert.exporting.verify import Tolerance, verify_export
 from dlmconvert.exporting.weights import SHARD_BYTES, TensorInfo, copy_tensors, find_tensor, tensor_table
-from dlmconvert.sampling.api import SAVED_OPTIONS
 from dlmconvert.sampling.budget import READING, check_budget
+from dlmconvert.sampling.options import SAVED_OPTIONS
 from dlmconvert.sampling.order import ORDERS
 from dlmconvert.sampling.text import end_ids
 
@@ -65,7 +65,7 @@ def export_folder(
 ) -> ExportReport:
     """Write `model_folder` as `profile` into `target`, verify it in a fresh process, and rename it into place.
 
-    card: what the model card says. generation: sampler defaults (max_new_tokens and names of sampling/api.py's SAVED_OPTIONS, and
+    card: what the model card says. generation: sampler defaults (max_new_tokens and names of sampling/options.py's SAVED_OPTIONS, and
     `order`, as in a recipe's `export`, or `alg`). progress: called with a sentence before each part of the work.
     Raises UserError: the target is not empty; the model cannot be written in this format; the export differs from the model.
     """

@@ -20,7 +20,8 @@ from dlmconvert.backbone.key_values import KeyValueStore, forward_columns, new_s
 from dlmconvert.diffusion.alignment import predicting_positions
 from dlmconvert.diffusion.attention import BIDIRECTIONAL, AttentionContext, realise
 from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS, clean_seen
-from dlmconvert.sampling.api import DiffusionOutput, configured, diffusion_generate, infill
+from dlmconvert.sampling.api import DiffusionOutput, diffusion_generate, infill
+from dlmconvert.sampling.options import configured
 from dlmconvert.sampling.text import encode_row, parse_gaps
 
 
@@ -139,7 +140,7 @@ class DiffusionMixin(BidirectionalMixin):
         return_dict_in_generate and the two hooks. How many tokens a step commits: steps, or threshold=, factor=, entropy_bound=
         (at most one; they look at how sure the model is) or budget=. And block_length=, cache= (none, prefix, dual; block for block
         models), revision=, initial_length=, draft_length=, repetition_penalty=, cfg_scale=.
-        `Options` in api.py explains them all; what is left out comes from generation_config.json. After the first end token there
+        `Options` in options.py explains them all; what is left out comes from generation_config.json. After the first end token there
         is padding, and a row that has reached it costs no more forwards (eos_token_id=None: everything is filled and stays).
 
         As in transformers' generate: generation_config, a GenerationConfig whose settings stand between the call's and those of

@@ -248,7 +248,7 @@ _SAMPLER_FIELDS = ("max_new_tokens", "temperature", "top_p", "block_length", "ca
 
 def saved_sampler(model_folder: Path) -> dict[str, Any]:
     """The sampler of the stage's own generation_config.json, which `tune-sampler` writes; empty when there is none."""
-    from dlmconvert.sampling.api import saved_options
+    from dlmconvert.sampling.options import saved_options
 
     path = model_folder / "generation_config.json"
     if not path.is_file():
@@ -264,7 +264,7 @@ def exported_sampler(recipe: Recipe, saved: dict[str, Any]) -> dict[str, Any]:
     """The defaults of the export's generation_config.json: the recipe's `export` section, or what a recipe says there that is not the
     default over the `saved` ones. A bound decides how many steps there are, and so does first_hitting."""
     from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
-    from dlmconvert.sampling.api import with_defaults
+    from dlmconvert.sampling.options import with_defaults
 
     settings = recipe.export
     if saved:

@@ -110,10 +110,14 @@ def canvas_after_prompts(
 
     attention_mask_BP: 1 for tokens, 0 for padding; None when there is none. The padding stays on the side where it was: on the left
     the new positions are the last columns; on the right each row's new positions follow its own prompt.
-    Raises ValueError for a mask with holes or with padding on both sides.
+    Raises ValueError for inputs that are no rows of tokens, and for a mask with holes or with padding on both sides.
     """
+    if not torch.is_tensor(inputs_BP):
+        raise ValueError(f"inputs must be a tensor of tokens, not a {type(inputs_BP).__name__}: tokenizer(text, return_tensors='pt') makes one")
     if inputs_BP.ndim != 2:
         raise ValueError(f"inputs must have two dimensions (rows, tokens), not {inputs_BP.ndim}")
+    if inputs_BP.shape[0] == 0:
+        raise ValueError("a canvas needs at least one row")
     rows, device = inputs_BP.shape[0], inputs_BP.device
     if attention_mask_BP is None:
         attention_mask_BP = torch.ones_like(inputs_BP)

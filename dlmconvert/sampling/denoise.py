@@ -15,7 +15,7 @@ Shapes: B rows, L positions of the canvas, N positions that are wanted (row-majo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,7 @@ from .filters import check_filters
 from .length import check_growth, daedal, written
 from .loop import Settings, steps_of
 from .order import ORDERS
-from .polish import polished, polished_in_blocks
+from .polish import RememberingHook, polished, polished_in_blocks
 from .predictions import Hook
 from .revise import POLISHING, Reviser, check_revision, p2, remdm, wino
 from .shadow import open_shadow
@@ -41,7 +41,7 @@ def denoise(
     canvas: Canvas,
     *,
     num_steps: int | None = None,
-    order: str = "random",
+    order: str | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -58,7 +58,7 @@ def denoise(
     order_temperature: float = 0.0,
     draft_length: int | None = None,
     helper: Helper | None = None,
-    helper_weight: float = 0.5,
+    helper_weight: float | None = None,
     revision: str | None = None,
     revision_strength: float | None = None,
     initial_length: int | None = None,
@@ -70,7 +70,7 @@ def denoise(
     """Fill the masked positions of the canvas in at most `num_steps` steps; one Step each, until nothing is masked.
 
     num_steps: None gives each row as many steps as it has masked positions, SavedSteps (blocks.py) a share of them.
-    order: a name in order.py.
+    order: a name in order.py; None is random, and left to the samplers that have an order of their own.
     budget: a counted budget of budget.py; None means ancestral for `random`, even otherwise. threshold, factor, entropy_bound: the
         bounds of the reading ones. At most one of these four is given. eps: the end of the time grid of `bernoulli` and `dream`.
     block_length: fill block after block, this many positions each. None is one block, and of a block model the training's. The steps
@@ -83,7 +83,7 @@ def denoise(
     draft_length: self-speculation (speculate.py): draft so many tokens with one diffusion step, verify them with the model's causal
         pass. It decides order, number and cache itself; temperature, filters, penalty and ends stay free.
     helper, helper_weight: adaptive parallel decoding (apd.py) with a small AR model beside a bidirectional one; draft_length positions
-        a step, default 16. helper_weight: the share R of the diffusion model.
+        a step, default 16. helper_weight: the share R of the diffusion model, default 0.5.
     revision, revision_strength: tokens that have settled may change again; a name in revise.py, which says what the strength is. In
         blocks, those of the block under work.
     initial_length: DAEDAL (length.py): begin with so many masks, and let the answer grow to at most the masked positions of the row.
@@ -101,7 +101,7 @@ def denoise(
     """
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"the number of steps is {num_steps}; it must be at least 1")
-    if order not in ORDERS:
+    if order is not None and order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
     counted, reading = check_budget(budget, {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound})
     if order == "first_hitting" and budget is None and reading is None and num_steps is not None:
@@ -124,8 +124,8 @@ def denoise(
     forwards_each = 2 if cfg_scale > 0 else 1
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     asked = {
-        "steps": num_steps, "budget": budget, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound,
-        "block_length": block_length, "cache": None if cache == "none" else cache, "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook,
+        "order": order, "order_temperature": order_temperature or None, "steps": num_steps, "budget": budget, "threshold": threshold,
+        "factor": factor, "entropy_bound": entropy_bound, "block_length": block_length, "cache": None if cache == "none" else cache, "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook,
         "a logits hook": logits_hook, "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
         "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
@@ -134,9 +134,12 @@ def denoise(
         lookahead = 16 if draft_length is None else draft_length
         _refuse_block_model(predictor, "an AR helper")
         check_predictable(canvas, predictor.alignment)
-        check_apd(canvas, lookahead, helper_weight)
+        weight = 0.5 if helper_weight is None else helper_weight
+        check_apd(canvas, lookahead, weight)
         more = {"repetition_penalty": repetition_penalty, "cfg_scale": cfg_scale}
-        return apd(predictor, helper, canvas, lookahead, helper_weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids, **more)
+        return apd(predictor, helper, canvas, lookahead, weight, draw=draw, banned_ids=banned_ids, end_ids=end_ids, **more)
+    if helper_weight is not None:
+        raise ValueError("helper_weight is the share of the diffusion model beside a helper: name a helper, or leave it out")
     if draft_length is not None:
         _refuse_beside("draft_length (self-speculation)", asked, "draft_length", "repetition_penalty")
         check_speculation(predictor, canvas, draft_length)
@@ -162,7 +165,7 @@ def denoise(
             return open_reader(predictor, written(canvas, last), layout, cache="none", block_length=None, cfg_scale=cfg_scale)
 
         reviser = Reviser(predictor, canvas, layout, None, draw, banned_ids, repetition_penalty, forwards_each=forwards_each)
-        return polished(steps, reviser, revision, strength, end_ids, reader_of)
+        return polished(steps, reviser, revision, strength, end_ids, reader_of=reader_of)
     if revision is not None and revision not in POLISHING:
         free = ("revision", "block_length", "cache", "cfg_scale", "repetition_penalty", "threshold" if revision == "wino" else "steps")
         _refuse_beside(f"revision {revision!r}", asked, *free)
@@ -182,6 +185,7 @@ def denoise(
             shadow = open_shadow(predictor, canvas, layout, cache=cache, block_length=block_length, cfg_scale=cfg_scale)
             return wino(reviser, shadow, 0.6 if threshold is None else threshold, strength)
         return remdm(reviser, strength) if revision == "remdm" else p2(reviser)
+    order = order or "random"
     settings = Settings(
         cache=cache,
         num_steps=num_steps,
@@ -204,10 +208,12 @@ def denoise(
     # A finished text of a bidirectional model is read whole, whatever cache filled it.
     in_blocks = is_block_model(predictor)
     reader = open_reader(predictor, canvas, layout, cache=cache if in_blocks else "none", block_length=block_length, cfg_scale=cfg_scale)
-    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each)
+    reviser = Reviser(predictor, canvas, layout, reader, draw, banned_ids, repetition_penalty, forwards_each=forwards_each, logits_hook=logits_hook)
     if in_blocks:
         return polished_in_blocks(reviser, settings, revision, strength)
-    return polished(steps_of(predictor, canvas, layout, settings), reviser, revision, strength, end_ids)
+    hook = None if tokens_hook is None else RememberingHook(tokens_hook, canvas, predictor.mask_token_id)
+    steps = steps_of(predictor, canvas, layout, replace(settings, tokens_hook=hook))
+    return polished(steps, reviser, revision, strength, end_ids, hook=hook)
 
 
 def _refuse_beside(what: str, asked: dict[str, object], *allowed: str) -> None:

@@ -109,6 +109,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         if settings.end_ids:
             tokens_BL, masked_BL = tokens_BL.masked_fill(given_back_BL, settings.end_ids[0]), masked_BL & ~given_back_BL
         committed_BL = committed_BL & ~masked_BL  # a hook may have masked some again
+        confidence_BL = confidence_BL.masked_fill(~committed_BL, 0.0)
         yield Step(step, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL, given_back_BL, nfe)
 
 

@@ -17,8 +17,10 @@ from dataclasses import replace
 import torch
 
 from .cache import Asked, Reader
+from .canvas import Canvas
 from .loop import Settings, after_end, steps_of
 from .order import best, confidence
+from .predictions import Hook
 from .revise import Reviser
 from .step import Step
 from .transfer import on_device
@@ -40,7 +42,7 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
     for round_number in range(num_rounds):
         # Draws are keyed by the round: when the canvas was finished depends on the other rows.
         counts = [count if active else 0 for count, active in zip(num_open, is_active, strict=True)]
-        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, counts=counts, **own)
+        answer = reviser.ask(reviser.open_BL & active_B[:, None], -1 - round_number, counts=counts, index=first_step + round_number, **own)
         if answer is None:
             return
         log_p_NV, x_hat_N, flat_N = answer
@@ -63,12 +65,25 @@ def polish(reviser: Reviser, revision: str, strength: float, first_step: int, nu
         yield reviser.settle(first_step + round_number, torch.where(changes_BL, wanted_BL, reviser.tokens_BL), reviser.masked_BL, c_BL, torch.zeros_like(reviser.open_BL))
 
 
+class RememberingHook:
+    """A tokens hook, and which positions hold what it gave: those are not polished."""
+
+    def __init__(self, hook: Hook, canvas: Canvas, mask_token_id: int):
+        self.hook, self.mask_token_id, self.given_BL = hook, mask_token_id, torch.zeros_like(canvas.masked_BL)
+
+    def __call__(self, step: int | None, x_BL: torch.Tensor, logits_BLV: torch.Tensor | None) -> torch.Tensor:
+        changed_BL = self.hook(step, x_BL.clone(), logits_BLV)
+        self.given_BL = torch.where(changed_BL == x_BL, self.given_BL, changed_BL != self.mask_token_id)
+        return changed_BL
+
+
 def polished(
-    steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int], reader_of: Callable[[Step], Reader] | None = None
+    steps: Iterator[Step], reviser: Reviser, revision: str, strength: float, end_ids: Sequence[int], *, hook: RememberingHook | None = None,
+    reader_of: Callable[[Step], Reader] | None = None,
 ) -> Iterator[Step]:
     """The steps that fill the canvas, then rounds of polishing on what they made, up to each row's end token and without it.
 
-    reader_of: who reads the finished text, where that depends on it (length.py)."""
+    hook: of the user, in these steps. reader_of: who reads the finished text, where that depends on it (length.py)."""  # fmt: skip
     last = None
     for last in steps:
         yield last
@@ -78,6 +93,8 @@ def polished(
     if reader_of is not None:
         reviser.reader = reader_of(last)
     reviser.open_BL = _before_end(last.tokens_BL, reviser.open_BL, end_ids)
+    if hook is not None:
+        reviser.open_BL = reviser.open_BL & ~hook.given_BL
     reviser.banned_ids = (*reviser.banned_ids, *end_ids)  # no new end in the middle
     yield from polish(reviser, revision, strength, last.index + 1, MOST_ROUNDS)
 

@@ -25,6 +25,11 @@ def after_tokens_hook(hook, step, tokens_BL, masked_BL, logits_BLV, mask_token_i
     return changed_BL, torch.where(changed_BL == tokens_BL, masked_BL, changed_BL == mask_token_id)
 
 
+def after_logits_hook(hook: Hook, step: int, logits_NV: torch.Tensor, asked: Asked, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """logits_NV as the logits hook leaves them."""
+    return hook(step, tokens_BL.clone(), spread(logits_NV, asked, tokens_BL)).flatten(0, 1)[asked.flat_N]
+
+
 def spread(logits_NV: torch.Tensor, asked: Asked, tokens_BL: torch.Tensor) -> torch.Tensor:
     """logits_BLV for hooks: elsewhere than asked, all probability on the token that stands there."""
     logits_BLV = logits_NV.new_full((*tokens_BL.shape, logits_NV.shape[1]), torch.finfo(logits_NV.dtype).min)

@@ -46,7 +46,7 @@ from .canvas import Canvas, Predictor
 from .draw import draw_tokens
 from .filters import ban, penalise_repetition
 from .order import best, confidence
-from .predictions import places
+from .predictions import Hook, after_logits_hook, places
 from .shadow import Shadow
 from .step import Step
 from .transfer import double, on_device
@@ -88,7 +88,7 @@ class Now(NamedTuple):
 @dataclass
 class Reviser:
     """What all revisions need: who answers (None: not known yet), how tokens are drawn, and the state. draw: arguments of draw_tokens. end_ids: a row is
-    done with the part that holds one of these."""
+    done with the part that holds one of these. logits_hook: of the user, in polishing."""
 
     predictor: Predictor
     canvas: Canvas
@@ -99,6 +99,7 @@ class Reviser:
     repetition_penalty: float
     end_ids: Sequence[int] = ()
     forwards_each: int = 1  # with guidance, 2
+    logits_hook: Hook | None = None
     nfe: int = 0
     parts: list[int] = field(default_factory=list)  # the part of each row
     is_alive: list[bool] = field(default_factory=list)  # of each row when it was last asked: has it a part under work?
@@ -128,12 +129,13 @@ class Reviser:
         return Now(part_BL, part_BL.sum(dim=1), step_B, num_steps_B)
 
     def ask(
-        self, wanted_BL: torch.Tensor, step: int, live_BL: torch.Tensor | None = None, counts: list[int] | None = None, **draw
+        self, wanted_BL: torch.Tensor, step: int, live_BL: torch.Tensor | None = None, counts: list[int] | None = None, index: int = 0, **draw
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """(log p_NV, x_hat_N, places_N) of the wanted positions; None when there are none. The host waits for their number, where it does
         not know the `counts` of each row.
 
-        live_BL: the positions of each row's part; default the wanted ones. A row without any is done."""
+        step: keys the draws. live_BL: the positions of each row's part; default the wanted ones. A row without any is done. index: of the
+        Step, for the logits hook."""
         alive = counts
         if counts is None:
             counts, alive = torch.stack([wanted_BL.sum(dim=1), (wanted_BL if live_BL is None else live_BL).sum(dim=1)]).tolist()
@@ -141,8 +143,11 @@ class Reviser:
         if not any(counts):
             return None
         flat_N = places(wanted_BL, sum(counts))
-        logits_NV = self.reader.read(self.tokens_BL, Asked(wanted_BL, flat_N, counts, self.parts, self.is_alive))
+        asked = Asked(wanted_BL, flat_N, counts, self.parts, self.is_alive)
+        logits_NV = self.reader.read(self.tokens_BL, asked)
         self.nfe += self.forwards_each
+        if self.logits_hook is not None:
+            logits_NV = after_logits_hook(self.logits_hook, index, logits_NV, asked, self.tokens_BL)
         return self.judge(logits_NV, flat_N, step, **draw)
 
     def judge(self, logits_NV: torch.Tensor, flat_N: torch.Tensor, step: int, **draw):

@@ -47,6 +47,7 @@ from .step import Step
 from .transfer import double, on_device
 from .windows import WindowPredictor
 
+MOST_DRAFTED = 64  # a round of g drafts computes up to (g + 1)(g + 2) columns
 _ACCEPT, _REPLACE = 2, 3  # further keys, so that these draws are other streams than those of the draft and of the order
 
 
@@ -77,6 +78,8 @@ def check_speculation(predictor: WindowPredictor, canvas: Canvas, draft_length: 
     pattern = getattr(predictor, "attention", "bidirectional")
     if draft_length < 1:
         raise ValueError(f"draft_length is {draft_length}; a round drafts at least 1 token")
+    if draft_length > MOST_DRAFTED:
+        raise ValueError(f"draft_length is {draft_length}; a round drafts at most {MOST_DRAFTED} tokens, what pays is the length of the training's blocks")
     if pattern not in FREE_BLOCKS:
         raise ValueError(
             f"this model has attention {pattern!r}: self-speculation needs a model that is an AR model over clean text as well"
@@ -107,6 +110,7 @@ def speculate(
 
     The canvas has been checked (check_speculation). Other arguments as in `denoise`. Step.confidence_BL is the AR probability.
     """
+    draft_length = min(draft_length, max(1, int(canvas.masked_BL.sum(dim=1).max())))  # what is drafted behind all rows is thrown away
     rounds = _Rounds(predictor, canvas, draft_length, banned_ids, repetition_penalty)
     hot = temperature > 0
     how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}

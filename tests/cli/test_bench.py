@@ -72,6 +72,9 @@ def test_nothing_is_overwritten_and_mistakes_are_named(benchmarked, folders, tmp
     model, prompts = folders / "model", ("--prompts", folders / "prompts.txt")
     assert "found.json exists" in fails(2, "bench", model, *prompts, "--to", folders / "found.json")
     assert "found.png exists" in fails(2, "bench", model, *prompts, "--to", folders / "found.jsonl")
+    assert "one file" in fails(2, "bench", model, *prompts, "--to", tmp_path / "both.png")
+    (tmp_path / "list.txt").write_bytes(b"\xff\n")
+    assert "cannot be read" in fails(2, "bench", model, *prompts, "--samplers", tmp_path / "list.txt")
     assert "did you mean 'threshold'" in fails(2, "bench", model, *prompts, "--samplers", "treshold=0.9")
     assert "too few" in fails(2, "bench", model, *prompts, "--samplers", "order=entropy+steps=1+block_length=2")
     assert "twice" in fails(2, "bench", model, *prompts, "--samplers", "steps=2,steps=2")
@@ -183,7 +186,7 @@ def test_what_was_tuned_is_what_sample_and_transformers_use(folders, tmp_path, m
 
     from transformers import GenerationConfig
 
-    from dlmconvert.sampling.api import saved_options
+    from dlmconvert.sampling.options import saved_options
 
     loaded = saved_options(GenerationConfig.from_pretrained(model))
     assert {name: loaded.get(name) for name in wanted} == wanted

@@ -70,6 +70,17 @@ def test_settings_are_those_of_sample(talk):
     assert talk("/set temperature=1 seed=1", "hello").out != talk("/set temperature=1 seed=2", "hello").out
 
 
+def test_a_setting_that_is_taken_back_is_the_default(talk):
+    told = talk("/set temperature=none top_p=none", "one", "/set temperature=nan", "/quit")
+    assert told.code == 0 and "in 4 forwards" in told.err and "temperature=nan: not a number" in told.err
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(model, monkeypatch, seen):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff bad\nok\n"), encoding="utf-8"))
+    assert dlmconvert("chat", model, "--max-new-tokens", 8).code == 0
+    assert len(seen) == 2 and "\ufffd bad" in seen[0]
+
+
 def test_a_long_conversation_forgets_its_beginning_and_says_so(talk, seen):
     told = talk(*[f"message {n}, not short" for n in range(6)], "x" * 200, "after")
     assert "2 oldest messages are forgotten" in told.err and "message 0" not in seen[-1]

@@ -99,12 +99,32 @@ def test_unexpected_errors_end_in_one_message(place, tiny_checkpoints, monkeypat
     monkeypatch.setattr(preparing, "source_folder", breaks)
     told = dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL)
     assert told.code == 1 and "ZeroDivisionError: on purpose" in told.err and "--debug" in told.err
-    monkeypatch.setattr(preparing, "source_folder", lambda context: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried")))
-    told = dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL)
-    assert told.code == 1 and "lower micro_batch" in told.err
+    for words in ("CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you tried"):
+        monkeypatch.setattr(preparing, "source_folder", lambda context, words=words: (_ for _ in ()).throw(RuntimeError(words)))
+        told = dlmconvert("adapt", tiny_checkpoints["gpt2"], *SMALL)
+        assert told.code == 1 and "lower micro_batch" in told.err
     monkeypatch.undo()
     os.chdir(place)
     works("adapt", tiny_checkpoints["gpt2"], *SMALL, "train.micro_batch=1")  # what was advised is not refused as drift
+
+
+def test_streams_that_are_closed_or_speak_another_encoding(monkeypatch):
+    import io
+    import sys
+
+    from dlmconvert.cli.app import usable_streams
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    usable_streams()
+    sys.stderr.write("nowhere")
+    sys.stdout.write("caf\u00e9")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"caf?" and sys.stdin.read() == ""
+    sys.stdin.close()
+    sys.stderr.close()
 
 
 def test_handlers_of_signals_are_put_back(place, tiny_checkpoints):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from dlmconvert.backbone.load import save_model_folder
 from dlmconvert.backbone.spec import DlmSpec
 from dlmconvert.cli import decoding, generate, sampler
+from dlmconvert.cli.prompts import read_prompts
 from dlmconvert.errors import UserError
 
 app = typer.Typer()
@@ -292,6 +293,10 @@ def test_the_page_ends_with_the_text(model_folder, tmp_path, flags):
         (("infill",), "no text"),
         (("infill", "a[[MASK:b]]"), "character 2"),
         (("infill", "plain"), "no gap"),
+        (("infill", "a[[MASK:2-999]]b"), "1001 tokens"),
+        (("infill", "a[[MASK:99999999999999999999]]"), "100000000000000000000 tokens"),
+        (("sample", "--prompt", "\udcff"), "half"),
+        (("sample", "--device", "gpu"), "'gpu' is no device"),
     ],
 )
 def test_wrong_input_is_named(model_folder, arguments, message):
@@ -301,6 +306,30 @@ def test_wrong_input_is_named(model_folder, arguments, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\x0cthree\xe2\x80\xa8four\n", ["one", "two\x0cthree\u2028four"]),
+        ("a.jsonl", '\ufeff{"prompt": "a\u2028b\x85c"}\n\n{"text": "d"}'.encode(), ["a\u2028b\x85c", "d"]),
+    ],
+)
+def test_a_prompt_ends_where_its_line_ends(tmp_path, name, content, prompts):
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(tmp_path / name) == prompts
+
+
+def test_half_a_character_in_a_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b\\ud83d"}\n')
+    with pytest.raises(UserError, match="a.jsonl:2 .*character 2"):
+        read_prompts(tmp_path / "a.jsonl")
+
+
+def test_two_results_do_not_go_to_one_file(model_folder, tmp_path):
+    with pytest.raises(UserError, match="one file"):
+        run("sample", model_folder, "--out", tmp_path / "same", "--trace-html", tmp_path / ".." / tmp_path.name / "same")
+    assert not (tmp_path / "same").exists()
+
+
 def test_infill_without_model_means_the_latest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run"):
@@ -308,9 +337,9 @@ def test_infill_without_model_means_the_latest_run(tmp_path, monkeypatch):
 
 
 def test_order_names_are_those_of_the_sampler():
-    from dlmconvert.sampling.api import ALGORITHMS
     from dlmconvert.sampling.budget import BUDGETS
     from dlmconvert.sampling.cache import CACHES
+    from dlmconvert.sampling.options import ALGORITHMS
     from dlmconvert.sampling.order import ORDERS
     from dlmconvert.sampling.revise import REVISIONS
 

@@ -33,7 +33,7 @@ def distribution(state: list[int], place: int, penalty: float = 1.0) -> torch.Te
 @pytest.mark.parametrize("settings", [dict(revision="remdm", num_steps=6), dict(revision="p2", num_steps=5), dict(revision="gidd"), dict(revision="edits")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_of_a_batch_is_the_row_alone_and_given_tokens_stay(settings, temperature):
-    how = dict(temperature=temperature, seed=3, order="confidence" if settings["revision"] in ("gidd", "edits") else "random", **settings)
+    how = dict(temperature=temperature, seed=3, order="confidence" if settings["revision"] in ("gidd", "edits") else None, **settings)
     how |= {"revision_strength": 0.3} if settings["revision"] in ("remdm", "edits") else {}
     together = build_canvas(ROWS, 0, row_keys=[10, 11, 12, 13])
     steps = list(denoise(hash_predictor("gidd"), together, **how))
@@ -50,6 +50,41 @@ def test_a_row_of_a_batch_is_the_row_alone_and_given_tokens_stay(settings, tempe
     for number, row in enumerate(ROWS):
         alone = build_canvas([row], 0, row_keys=[10 + number])
         assert alone.rows(generate(hash_predictor("gidd"), alone, **how).tokens_BL)[0] == filled[number]
+
+
+@pytest.mark.parametrize("revision, strength", [("gidd", 1.0), ("edits", 0.01)])
+@pytest.mark.parametrize("pattern, block_length", [("bidirectional", None), ("block_causal", 3)])
+def test_polishing_asks_the_logits_hook_as_well(revision, strength, pattern, block_length):
+    from dataclasses import replace
+
+    model, asked = denoiser_of("gpt2", pattern, "in_place", block_length), []
+    model.spec = replace(model.spec, corruption="gidd")
+
+    def hook(step, x_BL, logits_BLV):
+        asked.append((step, bool((x_BL == MASK).any())))
+        logits_BLV[..., :150] = float("-inf")
+        return logits_BLV
+
+    how = dict(order="confidence", revision=revision, revision_strength=strength, logits_hook=hook)
+    steps = list(denoise(model, build_canvas([[5, 6] + [None] * 7], 0), **how))
+    assert all(bool((step.tokens_BL[:, 2:] >= 150).all()) for step in steps)
+    assert any(not has_masks for _, has_masks in asked), "in rounds of polishing"
+    assert {step.index for step in steps} <= {step for step, _ in asked}
+
+
+@pytest.mark.parametrize("revision, strength", [("gidd", 1.0), ("edits", 0.01)])
+def test_what_a_tokens_hook_gives_is_not_polished(revision, strength):
+    def hook(step, x_BL, logits_BLV):
+        if step is None:
+            x_BL[:, 4] = 9
+        if step == 3:
+            x_BL[:, 2:4] = 7
+        return x_BL
+
+    how = dict(order="left_to_right", revision=revision, revision_strength=strength, tokens_hook=hook)
+    steps = list(denoise(hash_predictor("gidd"), build_canvas([[5, 6] + [None] * 9], 0), **how))
+    assert all(step.tokens_BL[0, 4] == 9 for step in steps)
+    assert all(step.tokens_BL[0, 2:4].tolist() == [7, 7] for step in steps[3:]) and len(steps) > 8
 
 
 def test_tokens_do_change_again():

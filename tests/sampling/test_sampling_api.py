@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_decoders import denoiser_of
 from tiny_predictors import HashPredictor
 
-from dlmconvert.sampling.api import ALGORITHMS, diffusion_generate, infill, saved_options, with_defaults
+from dlmconvert.sampling.api import diffusion_generate, infill
+from dlmconvert.sampling.canvas import build_canvas
+from dlmconvert.sampling.denoise import denoise
+from dlmconvert.sampling.options import ALGORITHMS, saved_options, with_defaults
 
 PROMPTS = [[3, 4, 5, 6], [7, 8]]
 LEFT = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
@@ -75,6 +79,16 @@ def test_a_hook_may_mask_again():
     assert 23 not in result[0].tolist()
 
 
+def test_what_a_hook_masks_again_has_no_confidence():
+    def hook(step, x_BL, logits_BLV):
+        if step == 1:
+            x_BL[:, 3] = 23
+        return x_BL
+
+    for step in denoise(HashPredictor(), build_canvas([[5, 6] + [None] * 6], 0), tokens_hook=hook, order="left_to_right"):
+        assert bool(((step.confidence_BL > 0) == step.committed_BL).all())
+
+
 def test_history_and_dict():
     output = diffusion_generate(
         HashPredictor(), *LEFT, max_new_tokens=4, steps=4, alg="entropy", output_history=True, return_dict_in_generate=True
@@ -101,6 +115,24 @@ def test_text_after_the_end_becomes_padding():
 def test_unknown_options_are_refused_with_the_nearest_name(option, hint):
     with pytest.raises(ValueError, match=hint):
         diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 2, **option})
+
+
+def test_none_is_the_default_and_no_number_is_refused():
+    def made(**options):
+        return diffusion_generate(HashPredictor(), torch.tensor([[1]]), **{"max_new_tokens": 4, **options}).tolist()
+
+    assert made(temperature=None, seed=None, steps=None, top_p=None) == made()
+    for name, value in [("steps", "4"), ("steps", 2.5), ("temperature", "hot"), ("seed", 1.5), ("block_length", 2.0), ("max_new_tokens", "4"), ("threshold", [0.9])]:
+        with pytest.raises(ValueError, match=f"{name} is .*number"):
+            made(**{name: value})
+    with pytest.raises(ValueError, match="steps is '16'"):
+        saved_options({"steps": "16", "max_new_tokens": 32})
+    for inputs, words in [([[1]], "a tensor"), (torch.zeros(0, 3, dtype=torch.int64), "one row")]:
+        with pytest.raises(ValueError, match=words):
+            diffusion_generate(HashPredictor(), inputs, max_new_tokens=2)
+    for rows in ([1, None], torch.tensor([[1, 2]])):
+        with pytest.raises(ValueError, match="lists of tokens"):
+            infill(HashPredictor(), rows)
 
 
 def test_a_budget_without_an_alg_brings_its_order():
@@ -228,3 +260,21 @@ def test_an_exported_model_takes_the_same_options():
         nfe(threshold=0.9, entropy_bound=0.1)
     with pytest.raises(ValueError, match="did you mean 'threshold'"):
         nfe(treshold=0.9)
+
+
+@pytest.mark.parametrize(
+    "kind", [dict(draft_length=3), dict(initial_length=4, eos_token_id=1), dict(revision="remdm"), dict(revision="p2"), dict(revision="wino")], ids=str
+)
+@pytest.mark.parametrize("option", [dict(alg="entropy"), dict(alg="origin"), dict(alg_temp=0.5)], ids=str)
+def test_an_order_beside_a_sampler_with_its_own_is_refused(kind, option):
+    """Not ignored in silence."""
+    model = denoiser_of("llama", "context_causal" if "draft_length" in kind else "bidirectional", "shift", 4 if "draft_length" in kind else None)
+    prompts = torch.tensor([[3, 4, 5]])
+    assert diffusion_generate(model, prompts, max_new_tokens=6, **kind).shape == (1, 9)
+    with pytest.raises(ValueError, match="decides by itself what order"):
+        diffusion_generate(model, prompts, max_new_tokens=6, **kind, **option)
+
+
+def test_a_weight_of_a_helper_needs_a_helper():
+    with pytest.raises(ValueError, match="name a helper"):
+        diffusion_generate(denoiser_of("llama"), torch.tensor([[3, 4, 5]]), max_new_tokens=6, helper_weight=0.7)

@@ -223,3 +223,14 @@ def test_acceptance_is_the_published_rule():
 def test_what_cannot_be_verified_is_refused(pattern, row, settings, message):
     with pytest.raises(ValueError, match=message):
         denoise(denoiser_of("llama", pattern, "in_place", 4), build_canvas([row], 0), **{"draft_length": 3, **settings})
+
+
+def test_a_draft_is_as_long_as_it_can_be_used():
+    """Columns grow with its square; what is drafted behind the end of all rows is thrown away."""
+    model = denoiser_of("llama", "context_causal", "shift", 4)
+    canvas = build_canvas([[3, 4, 5] + [None] * 6, [6, 7] + [None] * 4], 0)
+    for temperature in (0.0, 0.8):
+        texts = [generate(model, canvas, draft_length=length, temperature=temperature).tokens_BL for length in (6, 60)]
+        assert torch.equal(*texts)
+    with pytest.raises(ValueError, match="at most 64"):
+        generate(model, canvas, draft_length=500)

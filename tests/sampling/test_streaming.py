@@ -11,7 +11,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from dlmconvert.sampling.api import configured, diffusion_generate, infill
+from dlmconvert.sampling.api import diffusion_generate, infill
+from dlmconvert.sampling.options import configured
 
 PROMPT = torch.tensor([[3, 4, 5]])
 PADDED = (torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
