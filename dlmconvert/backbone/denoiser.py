@@ -163,6 +163,11 @@ class Denoiser(nn.Module):
         return self.spec.block_length
 
     @property
+    def longest(self) -> int | None:
+        """The most tokens of a row that the model has positions for; None where its config names no number."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def corruption(self) -> str:
         return self.spec.corruption
 

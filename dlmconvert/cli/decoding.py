@@ -37,7 +37,7 @@ class Decoder:
 
     @property
     def longest(self) -> int | None:
-        return getattr(self.denoiser.model.config, "max_position_embeddings", None)
+        return self.denoiser.longest
 
     @property
     def ends(self) -> set[int]:
@@ -70,12 +70,13 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str, compile:
     location = find_model(model)
     if location.note:
         console.print(f"model {location.note}", markup=False, highlight=False, soft_wrap=True)
+    saved = saved_settings(location.path)  # before transformers reads it, whose words are others
     with console.status("loading the model"):
         denoiser = load_denoiser(location.path, device=device)
         helper = load_denoiser(resolve_checkpoint(asked["helper"]), device=device, attention="causal") if asked.get("helper") else None
         if compile:
             compile_for_decoding(denoiser.model, *(() if helper is None else (helper.model,)))
-    settings = with_defaults(asked, with_defaults(saved_settings(location.path), _defaults_of(denoiser)))
+    settings = with_defaults(asked, with_defaults(saved, _defaults_of(denoiser)))
     settings.setdefault("eos_token_id", end_ids(denoiser.tokenizer) or None)
     return Decoder(location, denoiser, settings, helper)
 
@@ -95,7 +96,10 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return saved_options(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no settings by name")
+        return saved_options(values)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read", str(error), "repair it, or remove it to use the built-in defaults") from error
 

@@ -71,7 +71,7 @@ def make_task(location: Any, denoiser: Any, prompts: Path | None, answers: Path 
     if expected is not None and (prompts is None or len(expected) != len(rows)):
         found = f"{len(expected)} answers for {len(rows)} prompts" if prompts is not None else "the prompts that they belong to are not named"
         raise UserError(f"--answers {answers}: {found}", "", "one answer for each prompt of --prompts, in the same order")
-    longest, most = getattr(denoiser.model.config, "max_position_embeddings", None), max(len(row) for row in rows) + num_new
+    longest, most = denoiser.longest, max(len(row) for row in rows) + num_new
     if longest is not None and most > longest:
         raise UserError(f"a prompt and {num_new} new tokens are {most} tokens, the model was made for {longest}", "", "lower --new-tokens, or shorten the prompts")
     return Task(rows, num_new, batch, end_ids(denoiser.tokenizer), expected, seed, is_compiled=compile)

@@ -9,7 +9,9 @@ import typer
 
 from dlmconvert.errors import EXIT_FAILED, EXIT_SAVED_RUN_AGAIN, EXIT_WRONG_INPUT, Interrupted, Outcome, SavedAndLeft, Told, UserError
 
-_LOWER = "lower micro_batch or data.row_length, or set gradient_checkpointing=true"
+_LOWER = (
+    "training: lower micro_batch or data.row_length, or set gradient_checkpointing=true; decoding: fewer texts at once (--batch), or shorter ones"
+)
 
 
 def outcome_of(call) -> Outcome:

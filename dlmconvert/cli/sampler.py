@@ -81,7 +81,9 @@ def parse_setting(text: str, *, may_name_helper: bool = False) -> tuple[str, Any
     own = {theirs: ours for ours, theirs in _SPELLED.items()}
     known = {**{name: kind for name, kind in SAMPLER.items() if may_name_helper or name not in _ONCE}, "max_new_tokens": Annotated[int | None, None], "seed": Annotated[int | None, None]}
     name = own.get(name, name)
-    if not equals or name not in known:
+    if name in known and not equals:
+        raise UserError(f"{text!r} has no value", "", f"write it as {name}=...")
+    if name not in known:
         raise UserError(f"{text!r} is no setting of the sampler", nearest(name, known), "write it as threshold=0.9")
     if value.lower() in ("", "none", "null"):
         return _SPELLED.get(name, name), None

@@ -149,6 +149,8 @@ class DiffusionMixin(BidirectionalMixin):
         """
         input_ids = kwargs.pop("input_ids", None)
         kwargs.pop("token_type_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("`inputs` and `input_ids` are two names of one thing: give one of them")
         inputs = input_ids if inputs is None else inputs
         if inputs is None:
             raise ValueError("diffusion_generate needs `inputs`: token ids of shape (rows, length)")
@@ -219,6 +221,7 @@ class _Predictor:
         self.attention = section.get("attention", "bidirectional")
         self.block_length = section.get("block_length")
         self.corruption = section.get("corruption", "masking")
+        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.device = model.device
 
     def new_store(self, num_rows: int, num_columns: int) -> KeyValueStore:

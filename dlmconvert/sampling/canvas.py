@@ -25,6 +25,7 @@ class Predictor(Protocol):
     mask_token_id: the id that the model reads at masked positions; never produced.
     vocab_size: tokens that exist; ids from here on are padding rows of the embedding, never produced.
     alignment: `shift` or `in_place`. Predictions come aligned either way; it only matters for position 0.
+    longest: of predictors that have it, the most tokens of a row; None or not there: any number.
     """
 
     mask_token_id: int
@@ -141,6 +142,16 @@ def canvas_after_prompts(
         positions_BL=(real_BL.cumsum(1) - 1).clamp(min=0),
         row_keys_B=_keys(row_keys, rows, device),
     )
+
+
+def check_length(canvas: Canvas, longest: int | None) -> None:
+    """Raises ValueError for a row with more tokens than the model has positions for."""
+    most = int(canvas.positions_BL.max()) + 1
+    if longest is not None and most > longest:
+        raise ValueError(
+            f"the longest row of the canvas has {most} tokens, given and to be filled, and the model was made for {longest}"
+            " (config.max_position_embeddings): shorten it"
+        )
 
 
 def check_predictable(canvas: Canvas, alignment: str) -> None:

@@ -23,7 +23,7 @@ from .apd import Helper, apd, check_apd
 from .blocks import block_length_of, groups, model_blocks, steps_of_row
 from .budget import BUDGETS, check_budget, default_budget
 from .cache import Reader, cache_of, is_block_model, open_reader
-from .canvas import Canvas, Predictor, check_predictable
+from .canvas import Canvas, Predictor, check_length, check_predictable
 from .filters import check_filters
 from .length import check_growth, daedal, written
 from .loop import Settings, steps_of
@@ -101,6 +101,7 @@ def denoise(
     """
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"the number of steps is {num_steps}; it must be at least 1")
+    check_length(canvas, getattr(predictor, "longest", None))
     if order is not None and order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
     counted, reading = check_budget(budget, {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound})

@@ -88,6 +88,8 @@ def check_filters(temperature: float, top_p: float | None, top_k: int | None, re
     """Raises ValueError for values that have no meaning."""
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (the most probable token) or positive")
+    if 0 < temperature < 1e-6:
+        raise ValueError(f"temperature is {temperature}; below 1e-6 float32 has no room for logits / temperature: use 0, the most probable token")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
     if top_k is not None and top_k < 1:

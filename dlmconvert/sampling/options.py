@@ -167,6 +167,11 @@ def check_numbers(options: Mapping[str, Any]) -> None:
             value = options.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {value!r}; it must be {what}")
+    for name in ("eos_token_id", "pad_token_id"):
+        value = options.get(name)
+        ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if any(isinstance(token, bool) or not isinstance(token, Integral) for token in ids):
+            raise ValueError(f"{name} is {value!r}; it must be the id of a token{', or a list of them' if name == 'eos_token_id' else ''}")
 
 
 def with_defaults(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def test_nothing_is_overwritten_and_mistakes_are_named(benchmarked, folders, tmp
     assert "found.json exists" in fails(2, "bench", model, *prompts, "--to", folders / "found.json")
     assert "found.png exists" in fails(2, "bench", model, *prompts, "--to", folders / "found.jsonl")
     assert "one file" in fails(2, "bench", model, *prompts, "--to", tmp_path / "both.png")
+    assert "'threshold' has no value" in fails(2, "bench", model, *prompts, "--samplers", "threshold")
     (tmp_path / "list.txt").write_bytes(b"\xff\n")
     assert "cannot be read" in fails(2, "bench", model, *prompts, "--samplers", tmp_path / "list.txt")
     assert "did you mean 'threshold'" in fails(2, "bench", model, *prompts, "--samplers", "treshold=0.9")

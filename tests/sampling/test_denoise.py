@@ -101,6 +101,7 @@ def test_confidence_order_is_the_slow_obvious_one():
         (dict(num_steps=1, order="sideways"), "order"),
         (dict(num_steps=1, budget="all"), "budget"),
         (dict(num_steps=1, temperature=-1), "temperature"),
+        (dict(num_steps=1, temperature=1e-300), "below 1e-6"),
         (dict(num_steps=1, order_temperature=-1), "temperature"),
     ],
 )

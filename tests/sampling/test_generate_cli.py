@@ -106,6 +106,19 @@ def test_a_penalty_leaves_fewer_repeats_under_revision(model_folder, flags):
     assert num_distinct("--repetition-penalty", 3) > num_distinct() == num_distinct("--repetition-penalty", 1)
 
 
+@pytest.mark.parametrize("content", ['[1, 2]', '{"max_new_tokens": "x"}', '{"eos_token_id": "x"}', '{"steps": 2.5}', "{"])
+def test_a_generation_config_that_cannot_be_read_is_named(model_folder, tmp_path, content):
+    """Before transformers reads it, whose words say neither which file nor what to do."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match="generation_config.json cannot be read"):
+        run("sample", folder, "--prompt", "abc")
+
+
 def test_a_text_that_ends_is_shown_and_counted_to_its_end(model_folder, tmp_path):
     folder = tmp_path / "ends"
     folder.mkdir()

@@ -278,3 +278,23 @@ def test_an_order_beside_a_sampler_with_its_own_is_refused(kind, option):
 def test_a_weight_of_a_helper_needs_a_helper():
     with pytest.raises(ValueError, match="name a helper"):
         diffusion_generate(denoiser_of("llama"), torch.tensor([[3, 4, 5]]), max_new_tokens=6, helper_weight=0.7)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_more_tokens_than_the_model_has_positions_for_are_refused(family):
+    model = denoiser_of(family)
+    prompts = torch.tensor([[3, 4, 5]])
+    room = model.longest - 3
+    assert diffusion_generate(model, prompts, max_new_tokens=room, steps=1).shape == (1, model.longest)
+    with pytest.raises(ValueError, match=f"{model.longest + 1} tokens.*made for {model.longest}"):
+        diffusion_generate(model, prompts, max_new_tokens=room + 1, steps=1)
+    with pytest.raises(ValueError, match="made for"):
+        infill(model, [[3, *[None] * model.longest]])
+
+
+@pytest.mark.parametrize("ends", ["x", [1, "x"], 1.5, True], ids=str)
+def test_an_end_that_is_no_id_is_refused(ends):
+    with pytest.raises(ValueError, match="the id of a token"):
+        diffusion_generate(HashPredictor(), torch.tensor([[3, 4]]), max_new_tokens=3, eos_token_id=ends)
+    with pytest.raises(ValueError, match="the id of a token"):
+        saved_options({"eos_token_id": ends})
