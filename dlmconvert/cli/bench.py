@@ -104,8 +104,8 @@ def bench(
 
 def saved_sampler(folder: Path, new_tokens: int) -> list[Any]:
     """The setting that the folder's generation_config.json names for so many tokens, when it names one."""
-    from dlmconvert.cli.decoding import saved_settings
     from dlmconvert.evaluation.benchmark import Sampler
+    from dlmconvert.runs.samplers import saved_settings
     from dlmconvert.sampling.options import OPTIONS, with_defaults
 
     saved = with_defaults({"max_new_tokens": new_tokens}, saved_settings(folder))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dlmconvert.cli.sampler import DEFAULTS
@@ -64,6 +62,7 @@ def load_decoder(model: str | None, asked: dict[str, Any], device: str, compile:
     from dlmconvert.backbone.load import load_denoiser, resolve_checkpoint
     from dlmconvert.cli.console import console
     from dlmconvert.runs.folder import find_model
+    from dlmconvert.runs.samplers import saved_settings
     from dlmconvert.sampling.options import with_defaults
     from dlmconvert.sampling.text import end_ids
 
@@ -86,22 +85,6 @@ def _defaults_of(denoiser: Any) -> dict[str, Any]:
     from dlmconvert.sampling.cache import is_block_model
 
     return {**DEFAULTS, "steps": None, "alg": "confidence"} if is_block_model(denoiser) else DEFAULTS
-
-
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """What the folder's generation_config.json sets of the sampler."""
-    from dlmconvert.sampling.options import saved_options
-
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no settings by name")
-        return saved_options(values)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read", str(error), "repair it, or remove it to use the built-in defaults") from error
 
 
 @dataclass

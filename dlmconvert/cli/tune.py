@@ -39,9 +39,10 @@ def tune_sampler(
     limit = parse_floor(floor, answers is not None)
 
     from dlmconvert.cli.console import ConsoleReporter, console, out
-    from dlmconvert.cli.decoding import STOPPED, saved_settings
+    from dlmconvert.cli.decoding import STOPPED
     from dlmconvert.cli.decoding_task import load_models, make_task, quiet_profiler, show_table
     from dlmconvert.runs.folder import find_model
+    from dlmconvert.runs.samplers import saved_settings
 
     quiet_profiler()
     location = find_model(model)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dlmconvert.errors import UserError
 from dlmconvert.methods import METHODS
 from dlmconvert.recipe.method import Method
-from dlmconvert.recipe.schema import Export, Recipe, text_sources
+from dlmconvert.recipe.schema import Recipe, text_sources
 from dlmconvert.runs.folder import RunFolder
 from dlmconvert.runs.preparing import build_scratch, prepare
+from dlmconvert.runs.samplers import exported_sampler, saved_sampler
 from dlmconvert.runs.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -241,47 +242,6 @@ def export_model(context: StageContext, model_folder: Path, target: Path, stage:
     )
     context.reporter.say(f"  {target}: {len(report.files)} files, {report.num_bytes / 1e6:.1f} MB, verified in a fresh process")
     return {"folder": str(target), "files": report.files, "checks": report.checks, "stage": stage}
-
-
-_SAMPLER_FIELDS = ("max_new_tokens", "temperature", "top_p", "block_length", "cache", "threshold", "factor", "entropy_bound")
-
-
-def saved_sampler(model_folder: Path) -> dict[str, Any]:
-    """The sampler of the stage's own generation_config.json, which `tune-sampler` writes; empty when there is none."""
-    from dlmconvert.sampling.options import saved_options
-
-    path = model_folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        saved = saved_options(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read", str(error), "repair it, or remove it to export with the recipe's export section") from error
-    return {name: value for name, value in saved.items() if name not in ("eos_token_id", "pad_token_id")}
-
-
-def exported_sampler(recipe: Recipe, saved: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of the export's generation_config.json: the recipe's `export` section, or what a recipe says there that is not the
-    default over the `saved` ones. A bound decides how many steps there are, and so does first_hitting."""
-    from dlmconvert.diffusion.block_attention import BLOCK_PATTERNS
-    from dlmconvert.sampling.options import with_defaults
-
-    settings = recipe.export
-    if saved:
-        fields = Export.model_fields
-        given = {name: getattr(settings, name) for name in (*_SAMPLER_FIELDS, "steps", "order") if getattr(settings, name) != fields[name].default}
-        if "order" in given:
-            given["alg"] = given.pop("order")
-        chosen = with_defaults(given, saved)
-        return chosen | ({"steps": int(chosen["steps"])} if "steps" in chosen else {})  # a plain number, for the length that goes out
-    chosen = {name: getattr(settings, name) for name in _SAMPLER_FIELDS if getattr(settings, name) is not None}
-    is_bound = any(name in chosen for name in ("threshold", "factor", "entropy_bound"))
-    # A fixed number may be too few for the blocks of a block model; without one a row takes what it needs.
-    if not is_bound and settings.order != "first_hitting" and recipe.method.attention.pattern not in BLOCK_PATTERNS:
-        chosen["steps"] = settings.steps
-    if not (is_bound and settings.order == "random"):  # by the reading of the bound, then
-        chosen["alg"] = settings.order
-    return chosen
 
 
 # report: what a person looks at in the end

@@ -8,7 +8,7 @@ import pytest
 
 from dlmconvert.errors import UserError
 from dlmconvert.recipe.load import load_recipe
-from dlmconvert.runs.stages import exported_sampler, saved_sampler
+from dlmconvert.runs.samplers import exported_sampler, saved_sampler
 
 PLAIN = {"max_new_tokens": 64, "temperature": 0.9, "top_p": 0.9, "steps": 64, "alg": "random"}
 TUNED = {"threshold": 0.7, "block_length": 16, "cache": "dual", "max_new_tokens": 32, "do_sample": False, "eos_token_id": 2, "bos_token_id": 1}
@@ -41,7 +41,8 @@ def test_scaled_steps_go_out_as_a_plain_number(tmp_path):
     assert type(exported_sampler(recipe, saved_sampler(tmp_path))["steps"]) is int
 
 
-def test_a_broken_file_is_named(tmp_path):
-    (tmp_path / "generation_config.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": "many"}'])
+def test_a_broken_file_is_named(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match="cannot be read"):
         saved_sampler(tmp_path)
