@@ -10,7 +10,8 @@ On a block model they are the model's own (`model_blocks`): columns [s, e) of th
 clean text before it and settles alone, before the rest of its block: a part of its own, with one step (the sampler's side of
 training block starts from the clean copy: arXiv 2503.09573's blocks, methods 6.4 P2).
 
-A row moves to its next part by itself: rows of one batch may stand in different ones.
+A row moves to its next part by itself: rows of one batch may stand in different ones. Only where a part begins with a forward over whole
+rows (the caches `prefix` and `dual`) do they begin it together: one such forward for all, and windows that are the same in all rows.
 
 Shapes: B rows, L positions of the canvas, K parts at most.
 """
@@ -74,23 +75,30 @@ def steps_of_row(num_steps: int | None, num_masked: int, num_parts: int) -> int:
 
 
 class Blocks:
-    """Where each row stands. steps_bound: a row's last step takes everything that a hook may have masked again."""
+    """Where each row stands. steps_bound: a row's last step takes everything that a hook may have masked again. together: the rows of a
+    batch begin their parts together, those that are done with one wait for the others, and each counts its own steps."""
 
-    def __init__(self, layout: Layout, steps_bound: bool, eps: float = 1e-3):
+    def __init__(self, layout: Layout, steps_bound: bool, eps: float = 1e-3, together: bool = False):
         self.eps = eps
         self.number_BL, self.steps_BK = layout.number_BL, layout.steps_BK
         self.row_steps_B = self.steps_BK.sum(dim=1) if steps_bound else None
-        self.last_step = int(self.steps_BK.sum(dim=1).max()) - 1
+        steps = self.steps_BK.max(dim=0).values.sum() if together else self.steps_BK.sum(dim=1).max()
+        self.last_step = int(steps) - 1
         self.block_B = torch.full_like(self.steps_BK[:, 0], -1)
+        self.own_step_B = torch.zeros_like(self.block_B) if together else None
         self.began_B = self.num_masked_B = self.num_steps_B = torch.zeros_like(self.block_B)
 
-    def plan(self, masked_BL: torch.Tensor, step: int, u_BL: torch.Tensor | None) -> Plan:
-        """The part of `masked_BL` that may be committed at this step, and where its rows stand in it.
+    def own(self, step: int) -> int | torch.Tensor:
+        """The step as each row counts it, (B, 1) where these differ: what a row draws does not depend on how long it has waited."""
+        return step if self.own_step_B is None else self.own_step_B[:, None]
+
+    def plan(self, masked_BL: torch.Tensor, step: int | torch.Tensor, u_BL: torch.Tensor | None) -> Plan:
+        """The part of `masked_BL` that may be committed at this step (see `own`), and where its rows stand in it.
 
         Parts end in time by themselves. Only a hook that masks positions again can lead to a row's last step with more than its
         last part open: then that step takes everything, so that no mask is left.
         """
-        nowhere = masked_BL.shape[1]
+        nowhere, step = masked_BL.shape[1], step if isinstance(step, int) else step[:, 0]
         block_B = self.number_BL.masked_fill(~masked_BL, nowhere).min(dim=1).values
         current_BL = masked_BL & (self.number_BL == block_B[:, None])
         is_new_B = block_B != self.block_B
@@ -104,6 +112,10 @@ class Blocks:
             is_last_B = step >= self.row_steps_B - 1
             current_BL = torch.where(is_last_B[:, None], masked_BL, current_BL)
             num_steps_B = torch.where(is_last_B, step_B + 1, num_steps_B)
+        if self.own_step_B is not None:
+            goes_B = block_B == block_B.min()
+            current_BL = current_BL & goes_B[:, None]
+            self.own_step_B = self.own_step_B + goes_B
         return Plan(current_BL, self.num_masked_B, step_B, num_steps_B, u_BL, self.eps)
 
 

@@ -70,14 +70,17 @@ class RefreshedReader:
     def read(self, tokens_BL: torch.Tensor, asked: Asked) -> torch.Tensor:
         live = forget_finished(self, asked)
         new = [row for row in live if asked.counts[row] and asked.parts[row] != self.part[row]]
-        old = [row for row in live if row not in new]
-        if not any(asked.counts[row] for row in old):
-            old = []
+        old = [row for row in live if row not in new and asked.counts[row]]
+        if self.kind == "dual" and not new and 2 * len(old) > len(live):
+            # Few rows wait for the others: their windows cost less than taking the other rows' keys out of the store.
+            old = live
         logits, reading_BL = [], predicting_positions(asked.mask_BL, self.alignment)
         for rows in (new, old):
             if not rows:
                 continue
-            windows = [self._window(row, asked.parts[row], row in new) for row in rows]
+            # A row that waits for the others (blocks.py) is computed where it stands, so that all windows are alike.
+            parts = [asked.parts[row] if row in new or self.part[row] < 0 else self.part[row] for row in rows]
+            windows = [self._window(row, part, rows is new) for row, part in zip(rows, parts, strict=True)]
             slots = None if rows == self.rows else [self.rows.index(row) for row in rows]
             reach = [self.ends[row] for row in rows]
             logits.append(self.windows.forward(rows, windows, reach, None, tokens_BL, reading_BL, asked.counts, slots))

@@ -29,9 +29,9 @@ def draw_tokens(
     top_p: float | None,
     top_k: int | None,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
 ) -> torch.Tensor:
-    """x_hat_N from banned logits. Temperature 0 is the argmax, for which filters change nothing."""
+    """x_hat_N from banned logits. Temperature 0 is the argmax, for which filters change nothing. step: of all of them, or of each (N)."""
     if temperature == 0:
         return logits_NV.argmax(dim=-1)
     rows_at_once = max(1, _TOKENS_AT_ONCE // logits_NV.shape[1])
@@ -39,18 +39,19 @@ def draw_tokens(
     for start in range(0, logits_NV.shape[0], rows_at_once):
         part = slice(start, start + rows_at_once)
         kept_NV = apply_filters(logits_NV[part], temperature, top_p, top_k)
-        parts.append(_gumbel_argmax(kept_NV, row_keys_N[part], positions_N[part], seed, step))
+        parts.append(_gumbel_argmax(kept_NV, row_keys_N[part], positions_N[part], seed, step if isinstance(step, int) else step[part]))
     return torch.cat(parts) if parts else logits_NV.new_zeros(0, dtype=torch.int64)
 
 
-def _gumbel_argmax(kept_NV: torch.Tensor, row_keys_N: torch.Tensor, positions_N: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+def _gumbel_argmax(kept_NV: torch.Tensor, row_keys_N: torch.Tensor, positions_N: torch.Tensor, seed: int, step: int | torch.Tensor) -> torch.Tensor:
+    of_each = not isinstance(step, int)
     if waits_for_counts(kept_NV.device):
         ids_V = torch.arange(kept_NV.shape[1], device=kept_NV.device)
-        noise_NV = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[:, None], step, positions_N[:, None], ids_V)
+        noise_NV = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[:, None], step[:, None] if of_each else step, positions_N[:, None], ids_V)
         return (kept_NV.to(noise_NV.dtype) + noise_NV).argmax(dim=-1)  # what was removed stays minus infinity
     # Only the tokens that are left get noise: after top-p that is a small share of the vocabulary.
     rows_K, ids_K = torch.nonzero(kept_NV > REMOVED, as_tuple=True)
-    noise_K = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[rows_K], step, positions_N[rows_K], ids_K)
+    noise_K = counter_gumbel(SAMPLE_TOKEN, seed, row_keys_N[rows_K], step[rows_K] if of_each else step, positions_N[rows_K], ids_K)
     noisy_NV = torch.full(kept_NV.shape, REMOVED, dtype=noise_K.dtype, device=kept_NV.device)
     noisy_NV[rows_K, ids_K] = kept_NV[rows_K, ids_K].to(noise_K.dtype) + noise_K
     return noisy_NV.argmax(dim=-1)

@@ -58,7 +58,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
     if settings.tokens_hook:
         tokens_BL, masked_BL = after_tokens_hook(settings.tokens_hook, None, tokens_BL, masked_BL, None, predictor.mask_token_id)
         layout = groups(canvas, masked_BL, settings.block_length, settings.num_steps)
-    blocks = Blocks(layout, steps_bound=settings.tokens_hook is not None, eps=settings.eps)
+    blocks = Blocks(layout, steps_bound=settings.tokens_hook is not None, eps=settings.eps, together=settings.cache in ("prefix", "dual"))
     reader = reader or open_reader(
         predictor, canvas, layout, cache=settings.cache, block_length=settings.block_length, cfg_scale=settings.cfg_scale
     )
@@ -67,9 +67,10 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
     computes_all = settings.cache == "none" and not is_block_model(predictor)
     nfe = 0
     for step in range(blocks.last_step + 1):
-        u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, step, canvas.positions_BL) if draws else None
-        plan = blocks.plan(masked_BL, step, u_BL)
-        scores_BL = _scores_before(plan, keys_BL, canvas.positions_BL, step, settings)
+        own_step = blocks.own(step)
+        u_BL = counter_uniform(SAMPLE_ORDER, settings.draw["seed"], keys_BL, own_step, canvas.positions_BL) if draws else None
+        plan = blocks.plan(masked_BL, own_step, u_BL)
+        scores_BL = _scores_before(plan, keys_BL, canvas.positions_BL, own_step, settings)
         count_B = settings.counted(plan) if settings.counted else None
         wanted_BL = plan.masked_BL
         if count_B is not None:
@@ -97,7 +98,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
             logits_NV = ban(logits_NV, predictor.mask_token_id, predictor.vocab_size, settings.banned_ids)
             logits_NV = penalise_repetition(logits_NV, wanted_N, tokens_BL, canvas.visible(masked_BL), settings.repetition_penalty)
             committed_BL, x_hat_BL, confidence_BL = _choose(
-                logits_NV, wanted_BL, wanted_N, scores_BL, count_B, plan, keys_BL, canvas.positions_BL, step, settings
+                logits_NV, wanted_BL, wanted_N, scores_BL, count_B, plan, keys_BL, canvas.positions_BL, own_step, settings
             )
             tokens_BL = torch.where(committed_BL, x_hat_BL, tokens_BL)
             masked_BL = masked_BL & ~committed_BL
@@ -113,7 +114,7 @@ def steps_of(predictor: Predictor, canvas: Canvas, layout: Layout, settings: Set
         yield Step(step, tokens_BL.clone(), masked_BL.clone(), committed_BL, confidence_BL, given_back_BL, nfe)
 
 
-def _scores_before(plan: Plan, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int, settings: Settings) -> torch.Tensor | None:
+def _scores_before(plan: Plan, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int | torch.Tensor, settings: Settings) -> torch.Tensor | None:
     """scores_BL of an order that needs no predictions; None for the others."""
     if settings.order not in BLIND_ORDERS:
         return None
@@ -130,7 +131,7 @@ def _choose(
     plan: Plan,
     keys_BL: torch.Tensor,
     positions_BL: torch.Tensor,
-    step: int,
+    step: int | torch.Tensor,
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(committed_BL, x_hat_BL, confidence_BL): the best wanted positions of each row, and a token for each.
@@ -139,10 +140,11 @@ def _choose(
     """
     log_p_NV = torch.log_softmax(logits_NV, dim=-1)
     keys_N, positions_N = keys_BL.flatten()[wanted_N], positions_BL.flatten()[wanted_N]
+    step_N = step if isinstance(step, int) else step.expand(wanted_BL.shape).flatten()[wanted_N]
     reading, bound = (READING[settings.reading[0]], settings.reading[1]) if settings.reading else (None, None)
     x_hat_N = c_N = None
     if settings.order == "confidence" or (reading and reading.reads_candidate):
-        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **settings.draw)
+        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step_N, **settings.draw)
         c_N = confidence(log_p_NV, x_hat_N)
 
     def on_canvas(values_N: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
@@ -159,17 +161,18 @@ def _choose(
     if x_hat_N is None and settings.draw["temperature"] == 0:
         x_hat_N = logits_NV.argmax(dim=-1)
     if x_hat_N is None and waits_for_counts(logits_NV.device):
-        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step, **settings.draw)
+        x_hat_N = draw_tokens(logits_NV, keys_N, positions_N, step=step_N, **settings.draw)
     if x_hat_N is None:
         # Where neither score nor count reads the candidate, tokens are drawn for the committed positions only.
         kept_N = committed_BL.flatten()[wanted_N].nonzero()[:, 0]
-        x_hat_K = draw_tokens(logits_NV[kept_N], keys_N[kept_N], positions_N[kept_N], step=step, **settings.draw)
+        step_K = step_N if isinstance(step_N, int) else step_N[kept_N]
+        x_hat_K = draw_tokens(logits_NV[kept_N], keys_N[kept_N], positions_N[kept_N], step=step_K, **settings.draw)
         x_hat_N = torch.zeros_like(keys_N).index_copy(0, kept_N, x_hat_K)
     c_N = confidence(log_p_NV, x_hat_N) if c_N is None else c_N
     return committed_BL, on_canvas(x_hat_N), on_canvas(c_N).masked_fill(~committed_BL, 0.0)
 
 
-def _disturbed(scores_BL: torch.Tensor, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int, settings: Settings) -> torch.Tensor:
+def _disturbed(scores_BL: torch.Tensor, keys_BL: torch.Tensor, positions_BL: torch.Tensor, step: int | torch.Tensor, settings: Settings) -> torch.Tensor:
     """Gumbel noise on score / order_temperature: the best k are k draws without replacement from its softmax."""
     if settings.order_temperature == 0:
         return scores_BL

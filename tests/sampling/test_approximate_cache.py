@@ -146,3 +146,27 @@ def test_a_logits_hook_sees_the_block_and_changes_nothing_by_looking(kind):
     assert set(shapes) == {(3, max(map(len, PROMPTS)) + NEW, 300)}
     with pytest.raises(ValueError, match="tokens hook"):
         denoise(denoiser, canvas, tokens_hook=lambda step, x, logits: x, **how)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("settings", [dict(order="confidence", threshold=0.02), dict(order="random", num_steps=12, temperature=0.9, seed=4)], ids=str)
+def test_rows_begin_their_blocks_together_and_are_what_they_are_alone(kind, settings):
+    """Rows need different numbers of steps for a block. One full forward a block for all of them, windows that are alike, no mask; and
+    what a row draws does not depend on how long it waited."""
+    denoiser = denoiser_of("llama", alignment="in_place")
+    rows = [[5, 6, 7, 8] + [None] * 12, [9, 10, 11, 12] + [None] * 12, [13, 14, 15, 16] + [None] * 12]
+    canvas, widths, masks, forward = build_canvas(rows, 0, row_keys=[3, 4, 5]), [], [], denoiser.forward_columns
+
+    def counted(tokens_BQ, positions_BQ, kept, seen, *rest):
+        widths.append(tokens_BQ.shape[1])
+        masks.append(seen)
+        return forward(tokens_BQ, positions_BQ, kept, seen, *rest)
+
+    denoiser.forward_columns = counted
+    done = generate(denoiser, canvas, cache=kind, block_length=4, **settings)
+    assert all(seen is None for seen in masks)
+    if "threshold" in settings:  # a random draw may leave a row its whole block at the first step, and then it begins a step later
+        assert widths.count(16) == 3 and done.nfe == len(widths)
+    alone = [generate(denoiser, build_canvas([row], 0, row_keys=[3 + number]), cache=kind, block_length=4, **settings) for number, row in enumerate(rows)]
+    assert [one.tokens_BL[0].tolist() for one in alone] == done.tokens_BL.tolist()
+    assert max(one.nfe for one in alone) < done.nfe <= sum(one.nfe for one in alone)
