@@ -126,8 +126,8 @@ def denoise(
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     asked = {
         "order": order, "order_temperature": order_temperature or None, "steps": num_steps, "budget": budget, "threshold": threshold,
-        "factor": factor, "entropy_bound": entropy_bound, "block_length": block_length, "cache": None if cache == "none" else cache, "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook,
-        "a logits hook": logits_hook, "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
+        "factor": factor, "entropy_bound": entropy_bound, "block_length": block_length, "cache": None if cache == "none" else cache,
+        "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook, "a logits hook": logits_hook, "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
         "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
     if helper is not None:

@@ -1,10 +1,9 @@
 """Polishing: a text that is finished, or the finished block of a block model, is read again as a whole, and tokens that the model doubts
 are changed (revise.py: `gidd`, `edits`).
 
-A bidirectional model polishes the whole text, with full forwards, whatever cache filled it, and a growing answer (length.py) as far as it was
-written. A block model polishes each block before the next
-one is begun: it is read as a noised block behind clean text, which is how such a model was trained to doubt, and its keys are stored
-afterwards, clean. So the exact cache stays exact.
+A bidirectional model polishes the whole text, with full forwards, whatever cache filled it, and a growing answer (length.py) as far as
+it was written. A block model polishes each block before the next one is begun: it is read as a noised block behind clean text, which is
+how such a model was trained to doubt, and its keys are stored afterwards, clean. So the exact cache stays exact.
 
 Shapes: B rows, L positions of the canvas, K parts, N positions asked for (row-major), V vocabulary.
 """

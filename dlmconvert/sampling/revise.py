@@ -87,8 +87,8 @@ class Now(NamedTuple):
 
 @dataclass
 class Reviser:
-    """What all revisions need: who answers (None: not known yet), how tokens are drawn, and the state. draw: arguments of draw_tokens. end_ids: a row is
-    done with the part that holds one of these. logits_hook: of the user, in polishing."""
+    """What all revisions need: who answers (None: not known yet), how tokens are drawn, and the state. draw: arguments of draw_tokens.
+    end_ids: a row is done with the part that holds one of these. logits_hook: of the user, in polishing."""
 
     predictor: Predictor
     canvas: Canvas
