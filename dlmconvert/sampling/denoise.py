@@ -127,8 +127,9 @@ def denoise(
     asked = {
         "order": order, "order_temperature": order_temperature or None, "steps": num_steps, "budget": budget, "threshold": threshold,
         "factor": factor, "entropy_bound": entropy_bound, "block_length": block_length, "cache": None if cache == "none" else cache,
-        "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook, "a logits hook": logits_hook, "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
-        "revision": revision, "initial_length": initial_length, "draft_length": draft_length,
+        "cfg_scale": cfg_scale or None, "a tokens hook": tokens_hook, "a logits hook": logits_hook,
+        "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty, "revision": revision,
+        "initial_length": initial_length, "draft_length": draft_length,
     }  # fmt: skip
     if helper is not None:
         _refuse_beside("the AR helper", asked, "draft_length", "repetition_penalty", "cfg_scale")
